@@ -1,0 +1,45 @@
+"""The model card that lies beside a trained adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from flower_app.config import Config
+
+
+def model_card(config: Config, facts: Mapping[str, Any]) -> str:
+    """Markdown with the metadata header that model hubs read; names no path of the server."""
+    named = config.model.name
+    base = named if not named.startswith((".", "/", "~")) else named.rstrip("/").rsplit("/", 1)[-1]
+    library = "transformers" if config.payload.kind == "full" else "peft"
+    use = (
+        "AutoModel.from_pretrained('adapter')"
+        if config.payload.kind == "full"
+        else "PeftModel.from_pretrained(base_model, 'adapter')"
+    )
+    sites = ", ".join(str(site) for site in facts["sites"])
+    return f"""---
+library_name: {library}
+base_model: {base}
+tags: [federated-learning, florilegium]
+---
+
+# {config.run.name}
+
+A `{config.payload.kind}` payload for `{base}` ({config.model.task}), trained with florilegium by
+{len(facts["sites"])} sites that kept their data: {sites}.
+
+| | |
+|---|---|
+| Rounds | {facts["rounds"]} |
+| Aggregation | `{config.strategy.rule}`, server optimiser `{config.strategy.server_optimizer}` |
+| Local training | {config.train.optimizer}, learning rate {config.train.learning_rate:g} |
+| Trained values | {facts["trainable_parameters"]:,} |
+| Base model digest | `{facts["base"]}` |
+| Seed | {config.run.seed} |
+
+Load it with `{use}`. Numbers and plots are in the run's `report.html`.
+
+No differential privacy was applied: a payload can reveal something about the rows it was trained on.
+"""

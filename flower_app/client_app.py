@@ -1,0 +1,150 @@
+"""The ClientApp: answers the roll call, trains and scores at a site, sends back the difference."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import wraps
+from importlib.metadata import version
+from logging import INFO
+
+import torch
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.common.logger import log
+
+from flower_app import baselines
+from flower_app.config import Config, parse
+from flower_app.data.source import DataError
+from flower_app.node import NodeConfig, parse_node
+from flower_app.recorder import score_fields
+from flower_app.worker import Worker, pad_token, steps_per_round, train_round, worker_name
+from models.batches import BatchError
+from models.layout import LayoutError
+from models.section import ConfigError
+from models.text import EncodingError
+from models.train import TrainingError
+from models.wire import WireError
+from strategies.flower import Scalar, decode_all, to_record
+
+app = ClientApp()
+
+# The one cache of a process: in a simulation it lives as long as the worker, keyed by content.
+_WORKER = Worker()
+
+# Faults that a person can mend: they travel as a reason, so that it reads the same everywhere.
+_EXPLAINED = (
+    BatchError, ConfigError, DataError, EncodingError, LayoutError, TrainingError, WireError,
+    OSError, torch.OutOfMemoryError,
+)  # fmt: skip
+
+Handler = Callable[[Message, Config, NodeConfig], RecordDict]
+
+
+def answering(name: str) -> Callable[[Handler], Callable[[Message, Context], Message]]:
+    """Turn a handler into Flower's form; what it cannot do is said in the record `name`."""
+
+    def decorate(handler: Handler) -> Callable[[Message, Context], Message]:
+        @wraps(handler)
+        def answer(message: Message, context: Context) -> Message:
+            try:
+                config, node = parse(context.run_config), parse_node(context.node_config)
+                content = handler(message, config, node)
+            except _EXPLAINED as error:
+                content = RecordDict({name: ConfigRecord({"error": str(error)})})
+            return Message(content, reply_to=message)
+
+        return answer
+
+    return decorate
+
+
+@app.query()
+@answering("member")
+def on_roll_call(message: Message, config: Config, node: NodeConfig) -> RecordDict:
+    """Say who this site is and whether it can take part; loads its model and rows to be sure."""
+    base, _ = _WORKER.model(config, node)
+    site = _WORKER.site(config, node)
+    log(INFO, "%s: %d rows, %d held out; %s", site.name, site.rows, site.held_out_rows, site.notes)
+    member = ConfigRecord(
+        {
+            "site": site.name,
+            "rows": site.rows,
+            "held-out": site.held_out_rows,
+            "base": base.digest,
+            "simulated": node.simulated,
+            "partitions": node.num_partitions,
+            "notes": site.notes,
+            "versions": ", ".join(
+                f"{name} {version(name)}" for name in ("flwr", "torch", "transformers", "peft")
+            ),
+        }
+    )
+    return RecordDict({"member": member})
+
+
+@app.train()
+@answering("report")
+def on_train(message: Message, config: Config, node: NodeConfig) -> RecordDict:
+    """Score the received payload, train it on the site's rows, score it again, send the delta."""
+    started = time.perf_counter()
+    base, payload = _WORKER.model(config, node)
+    site = _WORKER.site(config, node)
+    received = decode_all(message.content.array_records["arrays"])
+    payload.load(received)
+    plan = message.content.config_records["plan"]
+    round_ = int(str(plan["round"]))
+    loaded = time.perf_counter()
+    before = _WORKER.score(config, site, payload, pad_token(base))
+    scored = time.perf_counter()
+    steps = steps_per_round(config, [site.batches])
+    outcome = train_round(config, payload, site.batches, site.name, round_, steps)
+    trained = time.perf_counter()
+    after = _WORKER.score(config, site, payload, pad_token(base))
+    delta = {name: new - received[name] for name, new in payload.select().items()}
+    report: dict[str, Scalar] = {
+        "round": round_,
+        "layout": str(plan["layout"]),
+        "num-examples": site.rows,
+        "examples": site.rows,
+        "train_loss": outcome.loss,
+        "steps": outcome.steps,
+        "tokens": outcome.tokens,
+        "useful_tokens": outcome.useful_tokens,
+        "load_s": loaded - started,
+        "train_s": trained - scored,
+        "eval_s": (scored - loaded) + (time.perf_counter() - trained),
+        "base_reads": _WORKER.bases.reads,
+        "worker": worker_name(),
+    }
+    report |= score_fields("before", before) | score_fields("after", after)
+    return RecordDict({"arrays": to_record(delta), "report": ConfigRecord({**report})})
+
+
+@app.evaluate()
+@answering("report")
+def on_evaluate(message: Message, config: Config, node: NodeConfig) -> RecordDict:
+    """Score the received payload on the site's held-out rows."""
+    base, payload = _WORKER.model(config, node)
+    site = _WORKER.site(config, node)
+    payload.load(decode_all(message.content.array_records["arrays"]))
+    score = _WORKER.score(config, site, payload, pad_token(base))
+    return RecordDict({"report": ConfigRecord({**score_fields("before", score)})})
+
+
+@app.train("baseline")
+@answering("report")
+def on_baseline(message: Message, config: Config, node: NodeConfig) -> RecordDict:
+    """Train on one site's rows alone, or on all rows pooled; score on everyone's held-out rows."""
+    base, payload = _WORKER.model(config, node)
+    sites = _WORKER.all_sites(config, node)
+    payload.load(decode_all(message.content.array_records["arrays"]))
+    name = str(message.content.config_records["plan"]["site"])
+    alone = next((site for site in sites if site.name == name), None)
+    batches = alone.batches if alone else _WORKER.pooled(config, node)
+    steps = steps_per_round(config, [site.batches for site in sites])
+    for round_ in range(1, config.run.rounds + 1):
+        train_round(config, payload, batches, name or "all sites", round_, steps)
+    scores = {site.name: _WORKER.score(config, site, payload, pad_token(base)) for site in sites}
+    fields = baselines.report(scores, alone.name if alone else "")
+    return RecordDict({"report": ConfigRecord({**fields})})

@@ -1,0 +1,94 @@
+"""The composition root: the only place where a configured name becomes an object."""
+
+from __future__ import annotations
+
+from flower_app.config import Config
+from flower_app.data.site import label_names
+from models import attention, base, payload
+from models.base import Base
+from models.payload import Payload, prompting
+from models.section import ConfigError
+from models.seeds import derive
+from strategies import registry
+from strategies.stage import Rule
+
+
+def check_names(config: Config) -> None:
+    """Refuse unknown payload kinds, rules, stages and options; raises ConfigError."""
+    payload.check_kind(config.payload)
+    if config.train.packing == "on" and prompting(config.payload.kind):
+        raise ConfigError(
+            f"Expected train.packing='off' or 'auto' with payload.kind={config.payload.kind!r}, got "
+            "'on'; virtual tokens belong to one document each."
+        )
+    registry.build(config.strategy)
+
+
+def chain(config: Config) -> Rule:
+    """The aggregation chain: pre-aggregation, rule, server optimiser."""
+    return registry.build(config.strategy)
+
+
+def num_labels(config: Config) -> int:
+    """Classes of a classification task, 0 for others; raises ConfigError when nobody says."""
+    if config.model.task != "classification":
+        return 0
+    count = config.model.num_labels or len(label_names(config.data))
+    if count < 2:
+        raise ConfigError(
+            "Expected model.num-labels or data.labels for a classification task, got neither; "
+            "name the classes, since no site sees all the data."
+        )
+    return count
+
+
+def model_key(config: Config, path: str) -> str:
+    """What decides the weights and wrappers of a resident model, as a cache key."""
+    parts = (config.model, config.payload)
+    labels = (config.data.labels, config.data.source if not config.data.labels else "")
+    return "\n".join([*(p.model_dump_json() for p in parts), config.train.packing, str(config.run.seed), path, *labels])
+
+
+def load_base(config: Config, path: str = "") -> Base:
+    """Read the base model from disk."""
+    return base.load(
+        config.model,
+        path=path,
+        num_labels=num_labels(config),
+        seed=derive(config.run.seed, "base"),
+    )
+
+
+def attach(config: Config, loaded: Base) -> Payload:
+    """Attach the configured payload to a base model, with seeded start values."""
+    return payload.attach(
+        loaded.model,
+        config.payload,
+        tokenizer=loaded.tokenizer,
+        task=config.model.task,
+        fresh_modules=loaded.fresh_modules,
+        seed=derive(config.run.seed, "payload"),
+    )
+
+
+def packs(config: Config, loaded: Base) -> bool:
+    """Whether to pack documents, which must not see each other; prepares the model for it.
+
+    Raises ConfigError when packing is demanded of a model that cannot.
+    """
+    wanted = config.train.packing
+    possible = config.model.task == "causal-lm" and not prompting(config.payload.kind)
+    if wanted == "off" or not possible:
+        return False
+    able = attention.enable(loaded.model)
+    if wanted == "on" and not able:
+        raise ConfigError(
+            f"Expected a model whose attention can be kept within documents, got a "
+            f"{type(loaded.model).__name__}; set train.packing='off'."
+        )
+    return able
+
+
+def metric(config: Config) -> str:
+    """Name of the task's metric."""
+    return "accuracy" if config.data.format in ("classification", "choice") else "perplexity"

@@ -1,0 +1,144 @@
+"""The whole run config: read from Flower's flat keys, checked as one, before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pydantic import Field, ValidationError
+from pydantic_core import ErrorDetails
+
+from flower_app.data.config import DataConfig
+from models.config import ModelConfig, PayloadConfig, TrainConfig
+from models.section import ConfigError, Section, unknown
+from strategies.config import StrategyConfig
+
+Value = bool | int | float | str
+
+
+class RunConfig(Section):
+    """`run.*`: the run as a whole."""
+
+    rounds: int = Field(5, ge=1, description="Rounds to train.")
+    seed: int = Field(0, ge=0, description="Seed of everything that is drawn at random.")
+    name: str = Field(
+        "florilegium", pattern=r"^[A-Za-z0-9._-]+$", description="Name of the run and its folder."
+    )
+    output_dir: str = Field(
+        "~/.florilegium/runs", min_length=1, description="Folder of the run folders, on the server."
+    )
+    resume: str = Field(
+        "",
+        description="Run folder to go on with after its last finished round, or `latest`; "
+        "empty starts anew.",
+    )
+    deadline_s: float = Field(
+        3600.0, gt=0, description="Seconds a round waits for replies before it goes on without."
+    )
+    roll_call_s: float = Field(
+        120.0, gt=0, description="Seconds a newly seen site has to say who it is."
+    )
+    quorum: float = Field(
+        0.5, gt=0, le=1, description="Share of the asked sites that must answer well in a round."
+    )
+    baselines: bool = Field(
+        False,
+        description="Also train each site alone and all data pooled, for comparison; "
+        "simulation only.",
+    )
+    tensorboard: bool = Field(False, description="Write TensorBoard event files into the run folder.")
+
+
+class Config(Section):
+    """All sections of a run."""
+
+    run: RunConfig
+    model: ModelConfig
+    payload: PayloadConfig
+    data: DataConfig
+    train: TrainConfig
+    strategy: StrategyConfig
+
+    def flat(self) -> dict[str, Value]:
+        """All keys, dotted and in kebab case, with their resolved values."""
+        nested = self.model_dump(by_alias=True)
+        return {f"{s}.{key}": value for s, keys in nested.items() for key, value in keys.items()}
+
+
+def sections() -> dict[str, type[Section]]:
+    """Section name to its type, in reading order."""
+    found: dict[str, type[Section]] = {}
+    for name, info in Config.model_fields.items():
+        assert isinstance(info.annotation, type) and issubclass(info.annotation, Section)
+        found[name] = info.annotation
+    return found
+
+
+def known_keys() -> list[str]:
+    """Every key that a run config may hold, dotted."""
+    return [
+        f"{section}.{info.alias}"
+        for section, cls in sections().items()
+        for info in cls.model_fields.values()
+    ]
+
+
+def parse(flat: Mapping[str, Value]) -> Config:
+    """Read flat dotted keys into sections; raises ConfigError that names all that is wrong."""
+    keys = known_keys()
+    nested: dict[str, dict[str, Value]] = {section: {} for section in sections()}
+    problems: list[str] = []
+    for key, value in flat.items():
+        if key not in keys:
+            problems.append(str(unknown("configuration key", key, keys)))
+            continue
+        section, name = key.split(".", 1)
+        nested[section][name] = value
+    try:
+        config = Config.model_validate(nested)
+    except ValidationError as error:
+        raise ConfigError("\n".join(problems + [_explain(e) for e in error.errors()])) from None
+    if problems:
+        raise ConfigError("\n".join(problems))
+    _check_pairs(config)
+    return config
+
+
+def _explain(error: ErrorDetails) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    return f"Expected {key} otherwise: {error['msg']}; got {error['input']!r}."
+
+
+def _check_pairs(config: Config) -> None:
+    for section in (config.data, config.train, config.strategy):
+        section.check()
+    classification = config.model.task == "classification"
+    if classification != (config.data.format == "classification"):
+        raise ConfigError(
+            f"Expected model.task and data.format to agree, got task={config.model.task!r} with "
+            f"format={config.data.format!r}; 'classification' goes with 'classification', "
+            "'causal-lm' with 'text', 'instruct' or 'choice'."
+        )
+    if config.model.from_scratch and config.payload.kind != "full":
+        raise ConfigError(
+            "Expected payload.kind='full' with model.from-scratch, got "
+            f"{config.payload.kind!r}; random weights must travel whole to be trained."
+        )
+    if config.model.quantization != "none" and config.payload.kind == "full":
+        raise ConfigError(
+            "Expected model.quantization='none' with payload.kind='full', got "
+            f"{config.model.quantization!r}; quantised weights cannot be trained."
+        )
+    if config.payload.init == "text" and not config.payload.init_text:
+        raise ConfigError(
+            "Expected payload.init-text with payload.init='text', got nothing; write the hard "
+            "prompt to start from, or pick 'vocabulary'."
+        )
+    if config.train.packing == "on" and classification:
+        raise ConfigError(
+            "Expected train.packing='off' or 'auto' with model.task='classification', got 'on'; a "
+            "class label belongs to one document."
+        )
+    if config.run.baselines and config.data.partition == "own":
+        raise ConfigError(
+            "Expected run.baselines=false with data.partition='own', got true; pooling needs the "
+            "sites' rows in one place, which only a simulation has."
+        )

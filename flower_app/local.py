@@ -1,0 +1,159 @@
+"""SuperLinks and SuperNodes as child processes, for the quickstart, the benchmarks and the tests."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import httpx
+
+QUIET = {
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+CONNECTION = "florilegium"
+
+
+def free_port() -> int:
+    """A TCP port that is free on the loopback address now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def environment(home: Path, extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Environment of Flower's processes: their own FLWR_HOME, this interpreter's programs first."""
+    programs = str(Path(sys.executable).parent)
+    path = f"{programs}{os.pathsep}{os.environ.get('PATH', '')}"
+    return os.environ | QUIET | {"FLWR_HOME": str(home), "PATH": path} | dict(extra or {})
+
+
+@contextmanager
+def process(
+    command: Sequence[str], home: Path, log: Path, extra: Mapping[str, str] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a program of this environment until the block ends, then stop it and what it started."""
+    program = shutil.which(command[0], path=environment(home)["PATH"]) or command[0]
+    with log.open("ab") as output:
+        child = subprocess.Popen(
+            [program, *command[1:]],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env=environment(home, extra),
+            start_new_session=True,
+        )
+    try:
+        yield child
+    finally:
+        stop(child)
+
+
+def stop(child: subprocess.Popen[bytes]) -> None:
+    """End a child process and its process group, gently first."""
+    import signal
+
+    for number, patience in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 10.0)):
+        try:
+            os.killpg(child.pid, number)
+        except ProcessLookupError:
+            break
+        try:
+            child.wait(patience)
+        except subprocess.TimeoutExpired:
+            continue
+    child.wait()
+
+
+@contextmanager
+def superlink(
+    home: Path, *, simulation: bool, extra: Mapping[str, str] | None = None
+) -> Iterator[int]:
+    """A SuperLink on a free loopback port, known to `flwr` under `home` as CONNECTION.
+
+    Yields the port. Raises RuntimeError with the end of its log when it does not come up.
+    """
+    home.mkdir(parents=True, exist_ok=True)
+    port = free_port()
+    (home / "config.toml").write_text(
+        f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\n'
+        f'address = "127.0.0.1:{port}"\ninsecure = true\n'
+    )
+    command = ["flower-superlink", "--insecure", "--port", str(port)]
+    log = home / "superlink.log"
+    with process(command + ["--simulation"] * simulation, home, log, extra) as child:
+        _await_health(port, child, log)
+        yield port
+
+
+@contextmanager
+def supernodes(
+    home: Path,
+    port: int,
+    node_configs: Sequence[Mapping[str, str]],
+    extra: Mapping[str, str] | None = None,
+) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """One SuperNode per node config, connected to the SuperLink on `port`."""
+    with ExitStack() as stack:
+        yield [
+            stack.enter_context(
+                process(
+                    ["flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{port}",
+                     "--port", str(free_port()), "--node-config",
+                     " ".join(f'{key}="{value}"' for key, value in node.items())],
+                    home / f"node-{number}",
+                    home / f"node-{number}.log",
+                    extra,
+                )
+            )
+            for number, node in enumerate(node_configs)
+        ]  # fmt: skip
+
+
+def flwr_run(
+    home: Path,
+    app: Path,
+    run_config: Mapping[str, bool | int | float | str],
+    *,
+    federation: Mapping[str, int | float | str] | None = None,
+    stream: bool = True,
+) -> list[str]:
+    """Command line of `flwr run` against the SuperLink under `home`."""
+    pairs = " ".join(f"{key}={_toml(value)}" for key, value in run_config.items())
+    command = ["flwr", "run", str(app), CONNECTION, *["--stream"] * stream]
+    command += ["--run-config", pairs] if pairs else []
+    if federation:
+        options = " ".join(f"{key}={_toml(value)}" for key, value in federation.items())
+        command += ["--federation-config", options]
+    return command
+
+
+def _toml(value: bool | int | float | str) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"'{value}'" if isinstance(value, str) else str(value)
+
+
+def _await_health(port: int, child: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and child.poll() is None:
+        try:
+            if httpx.get(f"http://127.0.0.1:{port}/health", timeout=1).is_success:
+                return
+        except httpx.HTTPError:
+            time.sleep(0.2)
+    raise RuntimeError(
+        f"Expected a SuperLink on port {port} within 60 s; its log ends:\n{log.read_text()[-2000:]}"
+    )

@@ -1,0 +1,42 @@
+"""What a node says about itself: the node config that its operator gave it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from pydantic import Field, ValidationError
+
+from models.section import ConfigError, Section
+
+
+class NodeConfig(Section):
+    """Node config of a SuperNode; Flower's simulation sets `partition-id` and `num-partitions`."""
+
+    partition_id: int = Field(-1, ge=-1, description="Set by Flower's simulation.")
+    num_partitions: int = Field(0, ge=0, description="Set by Flower's simulation.")
+    site: str = Field("", description="Name of the site, unique in the federation.")
+    data_path: str = Field("", description="File or folder of the site's rows.")
+    eval_path: str = Field("", description="Held-out rows of their own; else a share is held out.")
+    model_path: str = Field("", description="Folder of the base model at the site.")
+
+    @property
+    def simulated(self) -> bool:
+        """Whether the node is a partition of a simulation."""
+        return self.partition_id >= 0 and not self.data_path
+
+
+def parse_node(values: Mapping[str, bool | int | float | str | bytes]) -> NodeConfig:
+    """Read a node config; raises ConfigError for unknown keys and for a site without a name."""
+    try:
+        node = NodeConfig.model_validate(dict(values))
+    except ValidationError as error:
+        known = ", ".join(str(info.alias) for info in NodeConfig.model_fields.values())
+        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise ConfigError(f"Expected a node config of {known}, but {wrong}.") from None
+    if not node.simulated and not (node.site and node.data_path):
+        raise ConfigError(
+            "Expected 'site' and 'data-path' in this node's config, got "
+            f"site={node.site!r} and data-path={node.data_path!r}; start the SuperNode with "
+            "--node-config 'site=\"name\" data-path=\"/where/the/rows/are.jsonl\"'."
+        )
+    return node

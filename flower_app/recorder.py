@@ -1,0 +1,232 @@
+"""Turns what happens in a run into metrics rows, checkpoints, log lines and the summary."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from logging import INFO, WARNING
+from typing import Any
+
+from flwr.common.logger import log
+
+from flower_app.compose import metric
+from flower_app.config import Config
+from flower_app.runfolder import Checkpoint, RunFolder
+from models.evaluate import Score
+from strategies.flower import RoundOutcome, Scalar, SiteOutcome
+
+_NUMBERS = ("train_loss", "load_s", "train_s", "eval_s")
+_COUNTS = ("examples", "steps", "tokens", "useful_tokens", "base_reads")
+
+
+def score_fields(prefix: str, score: Score) -> dict[str, float | int]:
+    """The sums of a score as fields of a message."""
+    return {
+        f"{prefix}-loss-sum": score.loss_sum,
+        f"{prefix}-counted": score.counted,
+        f"{prefix}-correct": score.correct,
+        f"{prefix}-rows": score.rows,
+    }
+
+
+def read_score(prefix: str, report: Mapping[str, Scalar]) -> Score:
+    """The score in a report; an empty one where it is absent or not made of finite numbers."""
+    values = [report.get(f"{prefix}-{name}") for name in ("loss-sum", "counted", "correct", "rows")]
+    if not all(isinstance(v, (int, float)) and math.isfinite(v) for v in values):
+        return Score()
+    loss_sum, counted, correct, rows = (float(v) for v in values if v is not None)
+    return Score(loss_sum, int(counted), int(correct), int(rows))
+
+
+class Recorder:
+    """Listens to the strategy; every finished round is on disk before the next one starts."""
+
+    def __init__(self, config: Config, folder: RunFolder, facts: dict[str, str]) -> None:
+        self._config = config
+        self._folder = folder
+        self._facts = facts
+        self._metric = metric(config)
+        self._evaluated = {
+            row["round"] for row in folder.rows() if row["kind"] == "evaluation"
+        }
+        self._events = _tensorboard(folder) if config.run.tensorboard else None
+
+    def round_finished(self, outcome: RoundOutcome) -> None:
+        """Log the round's rows and make it the round to resume from."""
+        good = [site for site in outcome.sites if site.status == "ok"]
+        self.evaluated(
+            outcome.round - 1,
+            [site for site in good if read_score("before", site.report).counted],
+        )
+        for site in outcome.sites:
+            self._folder.log(self._site_row(outcome.round, site))
+            if site.status != "ok":
+                log(WARNING, "Round %d, %s: %s. %s", outcome.round, site.site, site.status,
+                    site.reason)  # fmt: skip
+        row = self._round_row(outcome, good)
+        self._folder.log(row)
+        self._folder.save(Checkpoint(outcome.round, outcome.payload, outcome.state, self._facts))
+        log(
+            INFO,
+            "Round %d of %d: training loss %.4f, %d of %d sites, %s up, %s down, %.1f s",
+            outcome.round,
+            self._config.run.rounds,
+            _mean(site.report.get("train_loss") for site in good),
+            len(good),
+            len(outcome.sites),
+            human_bytes(row["bytes_up"]),
+            human_bytes(row["bytes_down"]),
+            outcome.wall_s,
+        )
+
+    def evaluated(self, round_: int, sites: Sequence[SiteOutcome]) -> None:
+        """Log the global payload's score on all held-out rows, and on each site's."""
+        if round_ in self._evaluated:
+            return
+        scores = {site.site: read_score("before", site.report) for site in sites}
+        for site in sites:
+            if site.status != "ok":
+                log(WARNING, "Evaluation after round %d, %s: %s", round_, site.site, site.reason)
+        total = sum(scores.values(), Score())
+        if not total.counted:
+            return
+        self._evaluated.add(round_)
+        row = {
+            "kind": "evaluation",
+            "round": round_,
+            **self.score(total),
+            "eval_tokens": total.counted,
+            "per_site": {site: self.score(score) for site, score in scores.items()},
+        }
+        self._folder.log(row)
+        log(INFO, "Held-out after round %d: loss %.4f, %s %.4f", round_, total.loss, self._metric,
+            total.metric(self._metric))  # fmt: skip
+        if self._events:
+            self._events.add_scalar("held-out/loss", total.loss, round_)
+            self._events.add_scalar(f"held-out/{self._metric}", row[self._metric], round_)
+            self._events.flush()
+
+    def score(self, score: Score) -> dict[str, float | None]:
+        """Loss and the task's metric of a score, None where there were no rows."""
+        values = {"loss": score.loss, self._metric: score.metric(self._metric)}
+        return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+    def _site_row(self, round_: int, site: SiteOutcome) -> dict[str, Any]:
+        row: dict[str, Any] = {
+            "kind": "site",
+            "round": round_,
+            "site": site.site,
+            "status": site.status,
+            "reason": site.reason,
+            "bytes_down": site.bytes_down,
+            "bytes_up": site.bytes_up,
+        }
+        for name in (*_NUMBERS, *_COUNTS):
+            value = site.report.get(name)
+            if isinstance(value, (int, float)) and math.isfinite(value):
+                row[name] = value
+        row["worker"] = str(site.report.get("worker", ""))
+        for when in ("before", "after"):
+            values = self.score(read_score(when, site.report))
+            row[f"loss_{when}"], row[f"metric_{when}"] = values["loss"], values[self._metric]
+        return row
+
+    def _round_row(self, outcome: RoundOutcome, good: Sequence[SiteOutcome]) -> dict[str, Any]:
+        busy: dict[str, float] = defaultdict(float)
+        for site in good:
+            report = site.report
+            busy[str(report.get("worker"))] += sum(
+                float(report.get(name, 0)) for name in ("load_s", "train_s", "eval_s")
+            )
+        train_s = min(max(busy.values(), default=0.0), outcome.wall_s - outcome.aggregate_s)
+        train = self._config.train
+        return {
+            "kind": "round",
+            "round": outcome.round,
+            "asked": len(outcome.sites),
+            "ok": len(good),
+            "wall_s": outcome.wall_s,
+            "train_s": train_s,
+            "wait_s": max(outcome.wall_s - outcome.aggregate_s - train_s, 0.0),
+            "aggregate_s": outcome.aggregate_s,
+            "bytes_down": sum(site.bytes_down for site in outcome.sites),
+            "bytes_up": sum(site.bytes_up for site in outcome.sites),
+            "learning_rate": train.learning_rate_at(outcome.round, self._config.run.rounds),
+            "update_norm": outcome.update_norm,
+        }
+
+
+def summarise(
+    config: Config, rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The summary of a run from its metrics rows; `facts` are added as they are."""
+    name = metric(config)
+    evaluations = {row["round"]: row for row in rows if row["kind"] == "evaluation"}
+    rounds = [row for row in rows if row["kind"] == "round"]
+    sites = [row for row in rows if row["kind"] == "site"]
+    wall = sum(row["wall_s"] for row in rounds)
+    tokens = sum(row.get("tokens", 0) for row in sites if row["status"] == "ok")
+    local = [row for row in rows if row["kind"] == "baseline" and row["name"] == "local"]
+    central = [row for row in rows if row["kind"] == "baseline" and row["name"] == "central"]
+
+    def score(row: Mapping[str, Any] | None) -> dict[str, Any] | None:
+        return {"loss": row["loss"], name: row[name]} if row else None
+
+    return {
+        "name": config.run.name,
+        "metric": name,
+        "seed": config.run.seed,
+        "rounds": len(rounds),
+        "sites": sorted({row["site"] for row in sites}),
+        "model": config.model.name,
+        "task": config.model.task,
+        "payload": config.payload.kind,
+        "rule": config.strategy.rule,
+        "zero_shot": score(evaluations.get(0)),
+        "local": _average(local, ("loss", name, "own_loss", f"own_{name}")) if local else None,
+        "federated": score(evaluations.get(len(rounds))),
+        "central": score(central[-1] if central else None),
+        "bytes_down_per_round": _per_round(rounds, "bytes_down"),
+        "bytes_up_per_round": _per_round(rounds, "bytes_up"),
+        "tokens_per_s": tokens / wall if wall else 0.0,
+        "quarantined": [
+            {key: row[key] for key in ("round", "site", "status", "reason")}
+            for row in sites
+            if row["status"] != "ok"
+        ],
+        "seconds": {
+            "training": sum(row["train_s"] for row in rounds),
+            "waiting": sum(row["wait_s"] for row in rounds),
+            "aggregation": sum(row["aggregate_s"] for row in rounds),
+        },
+    } | dict(facts)
+
+
+def human_bytes(count: float) -> str:
+    """A size in the unit a person would pick."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"
+
+
+def _average(rows: Sequence[Mapping[str, Any]], names: Iterable[str]) -> dict[str, float | None]:
+    means = {name: _mean(row.get(name) for row in rows) for name in names}
+    return {name: value if math.isfinite(value) else None for name, value in means.items()}
+
+
+def _per_round(rounds: Sequence[Mapping[str, Any]], name: str) -> int:
+    return round(sum(row[name] for row in rounds) / len(rounds)) if rounds else 0
+
+
+def _mean(values: Iterable[Any]) -> float:
+    numbers = [float(v) for v in values if isinstance(v, (int, float))]
+    return sum(numbers) / len(numbers) if numbers else math.nan
+
+
+def _tensorboard(folder: RunFolder) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder.path / "tensorboard"))

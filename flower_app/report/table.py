@@ -1,0 +1,62 @@
+"""The plain-text table that ends a run on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from flower_app.report.numbers import count, duration, number, plural, score, size
+
+ROWS = (
+    ("zero_shot", "Before training"),
+    ("local", "Each site alone"),
+    ("federated", "Federated"),
+    ("central", "All data pooled"),
+)
+
+
+def result_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, tuple[float | None, ...]]]:
+    """Key, label and (loss, metric, own loss, own metric) of every result the summary has."""
+    metric = str(summary["metric"])
+    keys = ("loss", metric, "own_loss", f"own_{metric}")
+    return [
+        (key, label, tuple(number(summary[key], name) for name in keys))
+        for key, label in ROWS
+        if isinstance(summary.get(key), Mapping)
+    ]
+
+
+def results_table(summary: Mapping[str, Any]) -> str:
+    """The results of a run in lines of at most 80 characters, without a newline at the end.
+
+    `summary` is the content of `summary.json`; results and figures it lacks are left out or
+    shown as a dash. Raises KeyError if it does not name its metric.
+    """
+    metric = str(summary["metric"])
+    rows = result_rows(summary)
+    shown = 4 if any(value is not None for _, _, values in rows for value in values[2:]) else 2
+    width = 26 + 13 * shown
+    heads = ["loss", metric] * (shown // 2)
+    lines = [
+        " " * 26 + f"{'all held-out rows':>26}" + f"{'each on its own rows':>26}" * (shown == 4),
+        " " * 26 + "".join(f"{head:>13}" for head in heads),
+        "─" * width,
+    ]
+    for _, label, values in rows:
+        lines.append(f"{label:<26}" + "".join(f"{score(v):>13}" for v in values[:shown]))
+    lines += ["─" * width, *_figures(summary)]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _figures(summary: Mapping[str, Any]) -> list[str]:
+    down = size(number(summary, "bytes_down_per_round"))
+    up = size(number(summary, "bytes_up_per_round"))
+    lines = [
+        f"{'Per round, all sites':<26}{down} to the sites, {up} back",
+        f"{'Speed':<26}{count(number(summary, 'tokens_per_s'))} tokens/s",
+        f"{'Wall time':<26}{duration(number(summary, 'wall_s'))}",
+    ]
+    refused = summary.get("quarantined")
+    if refused:
+        lines.append(f"{'Left out':<26}{plural(len(refused), 'reply', 'replies')}")
+    return lines

@@ -1,0 +1,123 @@
+"""The sentences of the report, each true of the run it is written for."""
+
+from __future__ import annotations
+
+from flower_app.report.figures import MOST_SITES
+from flower_app.report.numbers import count, duration, number, plural, score, size
+from flower_app.report.records import Run
+
+MEANING = {
+    "perplexity": "how many tokens the model hesitates between, on average; lower is better",
+    "accuracy": "the share of held-out rows it classifies rightly; higher is better",
+}
+
+
+def headline(run: Run) -> str:
+    """What happened, in one sentence."""
+    sites = plural(len(run.sites), "site")
+    done = max((int(row["round"]) for row in run.rounds), default=0)
+    if run.finished:
+        rounds = plural(number(run.summary, "rounds") or done, "round")
+        return f"{sites} trained one language model together for {rounds}."
+    planned = number(run.summary, "rounds")
+    progress = f"{done} of {plural(planned, 'round')}" if planned else plural(done, "round")
+    return f"This run has not ended: {progress} finished so far, with {sites}."
+
+
+def verdict(run: Run) -> list[str]:
+    """What came of it, in up to three sentences that compare only what was measured."""
+    loss = {
+        key: number(run.summary.get(key), "loss")
+        for key in ("zero_shot", "local", "federated", "central")
+    }
+    start, alone, ours, pooled = loss.values()
+    if ours is None:
+        return []
+    said = []
+    if start is not None:
+        way = "lowered" if ours < start else "raised" if ours > start else "left"
+        tail = f"at {score(ours)}" if way == "left" else f"from {score(start)} to {score(ours)}"
+        said.append(f"Federated training {way} the loss on held-out rows {tail}.")
+    if alone is not None:
+        way = "better than" if ours < alone else "worse than" if ours > alone else "equal to"
+        said.append(f"That is {way} what sites reach alone ({score(alone)} on average).")
+    if alone is not None and pooled is not None and pooled < alone:
+        closed = (alone - ours) / (alone - pooled)
+        if closed >= 1:
+            said.append(f"It matches training on all data pooled in one place ({score(pooled)}).")
+        elif closed > 0:
+            said.append(
+                f"It closes {100 * closed:.0f} % of the gap between training alone and training "
+                f"on all data pooled in one place ({score(pooled)})."
+            )
+    return said
+
+
+def travelled(run: Run) -> list[str]:
+    """What went from the sites to the server and back, for a data-protection officer."""
+    payload = run.summary.get("payload")
+    said = []
+    if payload == "split":
+        said.append(
+            "Rows of data, token ids and labels stayed at the sites. Activations of the model's "
+            "inner blocks, and their gradients, went to the server and back."
+        )
+    elif payload:
+        parameters = number(run.summary, "trainable_parameters")
+        amount = "the" if parameters is None else f"{count(parameters)}"
+        what = "parameters of the whole model" if payload == "full" else "trained parameters"
+        said.append(
+            f"Rows of data stayed at the sites. In each round a site received {amount} {what} "
+            f"(payload kind “{payload}”) and sent back how its training changed them, with a "
+            "report of numbers: its training rows, losses, times and counts, kept in metrics.jsonl."
+        )
+    down, up = (number(run.summary, f"bytes_{way}_per_round") for way in ("down", "up"))
+    if down is not None and up is not None:
+        said.append(f"Per round that is {size(down)} to all sites together and {size(up)} back.")
+    said.append(
+        "Trained parameters can carry traces of the rows they were trained on. This page makes no "
+        "claim of differential privacy."
+    )
+    if run.summary.get("mode") == "simulation":
+        said.append("This run was a simulation: all sites were processes on one machine.")
+        if run.summary.get("central"):
+            said[-1] += (
+                " To compare, it also trained one model on all rows in one place; nothing of that "
+                "went into the federated model."
+            )
+    return said
+
+
+def spent(run: Run) -> str:
+    """Where the time of the whole run went, or nothing if that is not known."""
+    seconds = run.summary.get("seconds")
+    if not isinstance(seconds, dict):
+        return ""
+    names = {"startup": "start-up", "baselines": "comparisons"}
+    parts = [
+        f"{names.get(str(part), str(part))} {duration(value)}"
+        for part in seconds
+        if (value := number(seconds, part)) is not None
+    ]
+    return f"Whole run: {', '.join(parts)}." if parts else ""
+
+
+def sites_note(run: Run, drawn: int) -> str:
+    """Says when the plot of sites leaves some out."""
+    if drawn < MOST_SITES or len(run.sites) <= drawn:
+        return ""
+    return f"Of {len(run.sites)} sites, the {drawn} that are worst off are drawn."
+
+
+def gaps(run: Run) -> list[str]:
+    """What the page cannot show, and why."""
+    said = []
+    if run.finished and run.summary.get("local") is None and run.summary.get("central") is None:
+        said.append(
+            "Training alone and training on pooled data were not measured in this run "
+            "(run.baselines)."
+        )
+    if run.unread_lines:
+        lines = plural(run.unread_lines, "line")
+        said.append(f"{lines} of metrics.jsonl could not be read, and this page goes without.")
+    return said

@@ -1,0 +1,154 @@
+"""One run at the server, from the configuration to the report."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import time
+from collections.abc import Mapping
+from logging import INFO
+from typing import Any
+
+from flwr.common.logger import log
+from flwr.serverapp import Grid
+from torch import Tensor
+
+from flower_app import compose
+from flower_app.baselines import run_baselines
+from flower_app.card import model_card
+from flower_app.config import Config
+from flower_app.recorder import Recorder, summarise
+from flower_app.report import results_table, write_report
+from flower_app.roster import Member, Roster
+from flower_app.runfolder import Checkpoint, RunFolder, replacing
+from models.payload import Payload
+from models.section import ConfigError
+from strategies.flower import ComposedStrategy, Scalar, decode_all, to_record
+
+
+def run(grid: Grid, config: Config) -> RunFolder:
+    """Train as `config` says, with the sites that `grid` reaches; returns the run's folder.
+
+    Raises ConfigError before anything is loaded when the configuration cannot run.
+    """
+    started = time.monotonic()
+    compose.check_names(config)
+    _check_extras(config)
+    folder, checkpoint = _open(config)
+    log(INFO, "Run folder: %s", folder.path)
+    base = compose.load_base(config)
+    payload = compose.attach(config, base)
+    initial = payload.select()
+    facts = {"layout": payload.layout.digest, "base": base.digest}
+    _check_facts(checkpoint, facts)
+    roster = Roster(base.digest, config.run.roll_call_s)
+    members = roster.assemble(grid, config.strategy.min_sites, config.run.deadline_s)
+    _check_mode(config, members)
+    log(INFO, "Sites: %s", ", ".join(f"{m.site} ({m.rows} rows)" for m in members.values()))
+    recorder = Recorder(config, folder, facts)
+    strategy = _strategy(config, payload, roster, recorder, folder)
+    if checkpoint:
+        strategy.restore(checkpoint.round, checkpoint.state)
+        log(INFO, "Going on after round %d.", checkpoint.round)
+    startup_s = time.monotonic() - started
+    start = checkpoint.payload if checkpoint else initial
+    payload.load(_train(grid, config, strategy, start))
+    trained = time.monotonic()
+    facts |= {"mode": _mode(members)}
+    card = {"sites": list(members), "trainable_parameters": payload.layout.size, **facts}
+    _save_adapter(config, folder, payload, base.tokenizer, card)
+    if config.run.baselines:
+        run_baselines(grid, config, members, recorder, folder, initial)
+    seconds = {"startup": startup_s, "baselines": time.monotonic() - trained}
+    wall_s = time.monotonic() - started
+    _finish(config, folder, {**card, "wall_s": wall_s, "mode": _mode(members)}, seconds)
+    return folder
+
+
+def _open(config: Config) -> tuple[RunFolder, Checkpoint | None]:
+    if config.run.resume:
+        return RunFolder.resume(config)
+    return RunFolder.create(config), None
+
+
+def _check_extras(config: Config) -> None:
+    if config.run.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise ConfigError(
+            "Expected the tensorboard package with run.tensorboard=true, got none; install "
+            "florilegium[tensorboard] or set it to false."
+        )
+
+
+def _check_facts(checkpoint: Checkpoint | None, facts: Mapping[str, str]) -> None:
+    if checkpoint and checkpoint.facts != facts:
+        raise ConfigError(
+            f"Expected the base model and layout of the run to resume ({checkpoint.facts}), got "
+            f"{dict(facts)}; give the server the same model files again."
+        )
+
+
+def _mode(members: Mapping[str, Member]) -> str:
+    simulated = all(member.simulated for member in members.values())
+    return "simulation" if simulated else "deployment"
+
+
+def _check_mode(config: Config, members: Mapping[str, Member]) -> None:
+    if config.run.baselines and _mode(members) == "deployment":
+        raise ConfigError(
+            "Expected a simulation with run.baselines=true, got deployed sites, whose rows stay "
+            "with them; set it to false."
+        )
+
+
+def _strategy(
+    config: Config, payload: Payload, roster: Roster, recorder: Recorder, folder: RunFolder
+) -> ComposedStrategy:
+    def plan(round_: int) -> Mapping[str, Scalar]:
+        return {"rounds": config.run.rounds}
+
+    return ComposedStrategy(
+        config.strategy,
+        compose.chain(config),
+        payload.layout,
+        seed=config.run.seed,
+        quorum=config.run.quorum,
+        members=roster.present,
+        plan=plan,
+        spool=folder.path / "spool",
+        listener=recorder,
+    )
+
+
+def _train(
+    grid: Grid, config: Config, strategy: ComposedStrategy, start: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    result = strategy.start(
+        grid, to_record(start), num_rounds=config.run.rounds, timeout=config.run.deadline_s
+    )
+    return decode_all(result.arrays)
+
+
+def _save_adapter(
+    config: Config, folder: RunFolder, payload: Payload, tokenizer: Any, facts: Mapping[str, Any]
+) -> None:
+    with replacing(folder.adapter) as temporary:
+        temporary.mkdir()
+        payload.save(temporary)
+        if config.payload.kind == "full":
+            tokenizer.save_pretrained(temporary)
+        card = model_card(config, {**facts, "rounds": config.run.rounds})
+        (temporary / "README.md").write_text(card)
+
+
+def _finish(
+    config: Config, folder: RunFolder, facts: Mapping[str, Any], seconds: Mapping[str, float]
+) -> None:
+    keep = ("trainable_parameters", "wall_s", "mode")
+    summary = summarise(config, folder.rows(), {key: facts[key] for key in keep})
+    summary["seconds"] |= seconds
+    with replacing(folder.path / "summary.json") as temporary:
+        temporary.write_text(json.dumps(summary, indent=1, ensure_ascii=False))
+    report = write_report(folder.path)
+    log(INFO, "\n\n%s\n", results_table(summary))
+    for what, path in {"Adapter": folder.adapter, "Report": report, "Folder": folder.path}.items():
+        log(INFO, "%s: %s", what, path)

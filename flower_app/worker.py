@@ -1,0 +1,206 @@
+"""What stays in a worker process between messages: the base model, its payload, the sites' rows."""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from logging import INFO
+
+import torch
+from flwr.common.logger import log
+
+from flower_app import compose
+from flower_app.config import Config
+from flower_app.data.site import Simulation, SiteRows, load_site
+from flower_app.node import NodeConfig
+from models import attention
+from models.base import Base, BaseCache
+from models.batches import Batch, Batches, eval_batches
+from models.evaluate import Score, evaluate, rank
+from models.payload import Payload
+from models.section import ConfigError
+from models.seeds import derive
+from models.text import Encoded, Ranked, Record, encode
+from models.train import Trained, train
+
+
+@dataclass(frozen=True)
+class Site:
+    """A site's rows, encoded: `rows` to train on in `batches`, `held_out` ones to score."""
+
+    name: str
+    rows: int
+    batches: Batches
+    held_out: tuple[Batch, ...]
+    ranked: tuple[Ranked, ...]
+    held_out_rows: int
+    notes: str
+
+
+@dataclass
+class Worker:
+    """One per process; everything in it is keyed by what determines it."""
+
+    bases: BaseCache = field(default_factory=BaseCache)
+    _payload: tuple[str, Payload] | None = None
+    _packs: bool = False
+    _key: str = ""
+    _simulation: Simulation | None = None
+    _rows: dict[str, SiteRows] = field(default_factory=dict)
+    _sites: dict[str, Site] = field(default_factory=dict)
+
+    def model(self, config: Config, node: NodeConfig) -> tuple[Base, Payload]:
+        """The base model with its payload attached, read and built on first use only."""
+        if config.train.threads:
+            torch.set_num_threads(config.train.threads)
+        key = compose.model_key(config, node.model_path)
+        base = self.bases.get(key, lambda: compose.load_base(config, node.model_path))
+        if self._payload is None or self._payload[0] != key:
+            self._packs = compose.packs(config, base)
+            self._payload = (key, compose.attach(config, base))
+        return base, self._payload[1]
+
+    def site(self, config: Config, node: NodeConfig) -> Site:
+        """The node's own site, encoded; raises DataError when its rows cannot be used."""
+        name = self.names(config, node)[node.partition_id] if node.simulated else node.site
+        return self._open(config, node, name)
+
+    def all_sites(self, config: Config, node: NodeConfig) -> list[Site]:
+        """Every site of a simulation, encoded; raises ConfigError at a deployed site."""
+        return [self._open(config, node, name) for name in self.names(config, node)]
+
+    def pooled(self, config: Config, node: NodeConfig) -> Batches:
+        """Training batches over the rows of every site of a simulation together."""
+        base, _ = self.model(config, node)
+        names = self.names(config, node)
+        rows = [row for name in names for row in self._load(config, node, name).train]
+        return self._batches(config, base, self._encode(config, base, rows), "all sites")
+
+    def names(self, config: Config, node: NodeConfig) -> list[str]:
+        """Names of the simulated sites, by partition; raises ConfigError at a deployed site."""
+        if not node.simulated:
+            raise ConfigError("Expected a simulation, got a deployed site, which keeps its rows.")
+        return list(self._simulated(config, node).parts)
+
+    def score(self, config: Config, site: Site, payload: Payload, pad_id: int) -> Score:
+        """Score the payload, as it is loaded, on a site's held-out rows."""
+        score = evaluate(payload, site.held_out, config.train)
+        if site.ranked:
+            right = rank(payload, site.ranked, config.train, config.train.batch_size, pad_id)
+            score = Score(score.loss_sum, score.counted, right, len(site.ranked))
+        return score
+
+    def _open(self, config: Config, node: NodeConfig, name: str) -> Site:
+        rows = self._load(config, node, name)
+        if name not in self._sites:
+            base, _ = self.model(config, node)
+            train = self._encode(config, base, rows.train)
+            held_out = self._encode(config, base, rows.held_out)
+            pad_id = pad_token(base)
+            self._sites[name] = Site(
+                name,
+                len(rows.train),
+                self._batches(config, base, train, name),
+                tuple(eval_batches(held_out.examples, config.train.batch_size, pad_id)),
+                held_out.ranked,
+                len(rows.held_out),
+                f"{train.truncated} rows cut to train.max-length, {train.dropped} without a label "
+                f"left, {rows.dropped_duplicates} also held out",
+            )
+        return self._sites[name]
+
+    def _simulated(self, config: Config, node: NodeConfig) -> Simulation:
+        self._forget_others(config, node)
+        if self._simulation is None:
+            self._simulation = Simulation(config.data, node.num_partitions, config.run.seed)
+        return self._simulation
+
+    def _load(self, config: Config, node: NodeConfig, name: str) -> SiteRows:
+        self._forget_others(config, node)
+        if name not in self._rows:
+            self._rows[name] = (
+                self._simulated(config, node).site(name)
+                if node.simulated
+                else load_site(
+                    config.data,
+                    seed=config.run.seed,
+                    site=name,
+                    num_sites=1,
+                    data_path=node.data_path,
+                    eval_path=node.eval_path or None,
+                )
+            )
+        return self._rows[name]
+
+    def _forget_others(self, config: Config, node: NodeConfig) -> None:
+        """Drop rows that were read and encoded under another configuration."""
+        parts = (config.data, config.train, node.model_copy(update={"partition_id": -1}))
+        model = compose.model_key(config, node.model_path)
+        key = "\n".join([*(part.model_dump_json() for part in parts), model])
+        if key != self._key:
+            self._key = key
+            self._simulation = None
+            self._rows.clear()
+            self._sites.clear()
+
+    def _encode(self, config: Config, base: Base, rows: Sequence[Record]) -> Encoded:
+        limit = getattr(base.model.config.get_text_config(), "max_position_embeddings", None)
+        if limit and config.train.max_length > limit:
+            raise ConfigError(
+                f"Expected train.max-length of at most {limit}, the model's context, got "
+                f"{config.train.max_length}; lower it."
+            )
+        return encode(rows, base.tokenizer, config.train.max_length)
+
+    def _batches(self, config: Config, base: Base, encoded: Encoded, name: str) -> Batches:
+        return Batches(
+            encoded.examples,
+            batch_size=config.train.batch_size,
+            seed=derive(config.run.seed, "order", name),
+            pad_id=pad_token(base),
+            packing=self._packs,
+            max_length=config.train.max_length,
+        )
+
+
+def train_round(
+    config: Config, payload: Payload, batches: Batches, name: str, round_: int, steps: int
+) -> Trained:
+    """Train the loaded payload for round `round_`; batches go on where the round before stopped."""
+    forwards = steps * config.train.grad_accumulation
+    return train(
+        payload,
+        batches.take((round_ - 1) * forwards, forwards),
+        config.train,
+        steps=steps,
+        learning_rate=config.train.learning_rate_at(round_, config.run.rounds),
+        seed=derive(config.run.seed, "train", name, round_),
+        progress=partial(_show, name, round_),
+    )
+
+
+def steps_per_round(config: Config, batches: Sequence[Batches]) -> int:
+    """Optimiser steps of a round at a site; over several sites, their mean."""
+    if config.train.steps:
+        return config.train.steps
+    per_epoch = sum(len(b) for b in batches) / len(batches) / config.train.grad_accumulation
+    return math.ceil(config.train.epochs * per_epoch)
+
+
+def _show(name: str, round_: int, step: int, steps: int, loss: float, speed: float) -> None:
+    log(INFO, "%s, round %d: step %d of %d, loss %.4f, %.0f tokens/s", name, round_, step, steps,
+        loss, speed)  # fmt: skip
+
+
+def pad_token(base: Base) -> int:
+    """Token id to pad with; any will do, since it is masked."""
+    return int(base.tokenizer.pad_token_id or 0)
+
+
+def worker_name() -> str:
+    """This process, as it shows in the metrics."""
+    return f"{socket.gethostname()}:{os.getpid()}"

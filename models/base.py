@@ -1,0 +1,179 @@
+"""The base model: found by name, checked, hashed, read once per process, frozen by whoever trains."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from models import embedded
+from models.config import ModelConfig
+from models.section import ConfigError
+
+# Everything in a model folder that decides what the model computes or how text becomes tokens.
+_DECISIVE = ("config.json", "*.safetensors", "tokenizer*", "vocab*", "merges.txt", "*.model")
+
+
+@dataclass(frozen=True)
+class Base:
+    """A loaded base model with its tokenizer, content digest and newly initialised modules."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    digest: str
+    fresh_modules: tuple[str, ...]
+
+
+@dataclass
+class BaseCache:
+    """Keeps the last loaded base model of a process; `reads` counts loads from disk."""
+
+    reads: int = 0
+    _entry: tuple[str, Base] | None = field(default=None, repr=False)
+
+    def get(self, key: str, read: Callable[[], Base]) -> Base:
+        """Return the base model of `key`, reading it only when another one was kept."""
+        if self._entry is None or self._entry[0] != key:
+            self._entry = None  # free the old weights before the new ones are read
+            self._entry = (key, read())
+            self.reads += 1
+        return self._entry[1]
+
+
+def device() -> torch.device:
+    """The accelerator of this process, or the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Make torch's own draws within the block depend on `seed` alone, and on nothing outside."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        yield
+
+
+def find_folder(name: str) -> Path:
+    """Folder in hub format behind `name`; raises ConfigError when there is none."""
+    if name == "embedded":
+        return embedded.ensure()
+    folder = Path(name).expanduser()
+    if not folder.exists() and not name.startswith((".", "/", "~")):
+        folder = _from_hub(name)
+    if not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"Expected a model folder with a config.json, got {str(folder)!r}; save the model "
+            "there with save_pretrained, or name a hub id."
+        )
+    if not any(folder.glob("tokenizer*")) and not any(folder.glob("vocab*")):
+        raise ConfigError(
+            f"Expected a tokenizer in the model folder {str(folder)!r}, got none; save it there "
+            "with tokenizer.save_pretrained."
+        )
+    return folder
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, ignore_patterns=["*.bin", "*.pt", "*.h5", "*.msgpack"]))
+    except Exception as error:
+        raise ConfigError(
+            f"Expected 'embedded', a folder or a reachable hub id, got {name!r} "
+            f"({type(error).__name__}: {error}); check the spelling, or download the model first."
+        ) from error
+
+
+def digest_of(folder: Path, *, weights: bool = True) -> str:
+    """SHA-256 over the decisive files of a model folder, without the weights when they are drawn."""
+    files = sorted({path for pattern in _DECISIVE for path in folder.glob(pattern)})
+    total = hashlib.sha256()
+    for path in files:
+        if path.suffix == ".safetensors" and not weights:
+            continue
+        with path.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        total.update(f"{path.name}:{content};".encode())
+    return total.hexdigest()
+
+
+def load(config: ModelConfig, *, path: str = "", num_labels: int = 0, seed: int = 0) -> Base:
+    """Read the base model and tokenizer that `config` names, or those in `path`, onto the device.
+
+    Raises ConfigError when the folder is not a model, has no safetensors weights, or asks for a
+    quantisation that this machine cannot do. Weights that the folder lacks are drawn from `seed`.
+    """
+    folder = find_folder(path or config.name)
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # missing heads are told by `fresh_modules`
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    with seeded(seed):
+        model, fresh = _read(config, folder, tokenizer.pad_token_id, num_labels)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+        model.enable_input_require_grads()
+    if config.quantization == "none":
+        model = model.to(device())
+    return Base(model, tokenizer, digest_of(folder, weights=not config.from_scratch), fresh)
+
+
+def _read(
+    config: ModelConfig, folder: Path, pad_token_id: int | None, num_labels: int
+) -> tuple[Any, tuple[str, ...]]:
+    classes = config.task == "classification"
+    auto: Any = (
+        transformers.AutoModelForSequenceClassification
+        if classes
+        else transformers.AutoModelForCausalLM
+    )
+    settings: dict[str, Any] = {"dtype": getattr(torch, config.dtype)}
+    try:
+        shape = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"Expected a model that transformers knows in {str(folder)!r}, got: {error}"
+        ) from error
+    if classes:
+        shape.num_labels = num_labels
+    if shape.get_text_config().pad_token_id is None:
+        shape.get_text_config().pad_token_id = pad_token_id
+    if config.from_scratch:
+        return auto.from_config(shape, **settings), ()
+    if not any(folder.glob("*.safetensors")):
+        raise ConfigError(
+            f"Expected *.safetensors weights in {str(folder)!r}, got none; pickled weights are "
+            "never loaded: convert them with save_pretrained(safe_serialization=True)."
+        )
+    if config.quantization != "none":
+        settings |= _quantised(config.quantization)
+    model, info = auto.from_pretrained(
+        folder, config=shape, use_safetensors=True, output_loading_info=True, **settings
+    )
+    return model, tuple(sorted({key.rpartition(".")[0] for key in info["missing_keys"]}))
+
+
+def _quantised(quantization: str) -> dict[str, Any]:
+    if not (torch.cuda.is_available() and importlib.util.find_spec("bitsandbytes")):
+        raise ConfigError(
+            f"Expected a GPU and the bitsandbytes package for model.quantization={quantization!r}, "
+            "got a machine without; set it to 'none' or install florilegium[quantization]."
+        )
+    return {
+        "quantization_config": transformers.BitsAndBytesConfig(
+            load_in_8bit=quantization == "int8",
+            load_in_4bit=quantization == "int4",
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+    }

@@ -1,0 +1,143 @@
+"""Configuration of the base model, of what is trained on it, and of local training."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from models.section import ConfigError, Section
+
+
+class ModelConfig(Section):
+    """`model.*`: which base model, for which task, in which precision."""
+
+    name: str = Field(
+        "embedded",
+        min_length=1,
+        description="Base model: `embedded`, a hub id, or a folder in hub format on the server. "
+        "A deployed site names its own folder as `model-path` in its node config.",
+    )
+    task: Literal["causal-lm", "classification"] = Field(
+        "causal-lm", description="What the model learns to do."
+    )
+    num_labels: int = Field(
+        0,
+        ge=0,
+        description="Classes of a classification task; 0 counts them in `data.labels` or, "
+        "in simulation, in the data.",
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="Type in which the frozen base weights are kept."
+    )
+    quantization: Literal["none", "int8", "int4"] = Field(
+        "none", description="Quantisation of the frozen base model (bitsandbytes, needs a GPU)."
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="Recompute activations in the backward pass: less memory, more time."
+    )
+    from_scratch: bool = Field(
+        False,
+        description="Start from seeded random weights of the model's architecture; needs "
+        '`payload.kind = "full"`.',
+    )
+
+
+class PayloadConfig(Section):
+    """`payload.*`: the part of the model that is trained and travels."""
+
+    kind: str = Field(
+        "lora",
+        min_length=1,
+        description="`lora`, `soft-prompt`, `prefix`, `adapter` (LLaMA-Adapter), `full`, or any "
+        "other PEFT method by its name, such as `ia3` or `loha`.",
+    )
+    rank: int = Field(8, ge=1, description="Rank of `lora`.")
+    alpha: float = Field(16.0, gt=0, description="`lora` scales its update by alpha / rank.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the input of `lora`.")
+    target_modules: str = Field(
+        "",
+        description="Comma-separated module names that PEFT methods adapt; empty takes PEFT's "
+        "choice for the architecture, `all-linear` every linear layer.",
+    )
+    num_virtual_tokens: int = Field(
+        16, ge=1, description="Length of a `soft-prompt`, `prefix` or `adapter` prompt, in tokens."
+    )
+    init: Literal["random", "vocabulary", "text"] = Field(
+        "random",
+        description="Start of a `soft-prompt`: normal noise, embeddings of random vocabulary "
+        "entries, or the embedding of `init-text`.",
+    )
+    init_text: str = Field("", description='Hard prompt that `init = "text"` starts from.')
+    options: str = Field(
+        "",
+        description="JSON object of further arguments of the PEFT config, such as "
+        '`{"use_dora": true}`.',
+    )
+
+
+class TrainConfig(Section):
+    """`train.*`: local training at a site, in each round."""
+
+    steps: int = Field(
+        20, ge=0, description="Optimiser steps per round; 0 to use `epochs` instead."
+    )
+    epochs: float = Field(
+        0.0, ge=0, description="Passes over the site's rows per round; used when `steps` is 0."
+    )
+    batch_size: int = Field(8, ge=1, description="Sequences per forward pass.")
+    grad_accumulation: int = Field(1, ge=1, description="Forward passes per optimiser step.")
+    optimizer: Literal["adamw", "sgd"] = Field(
+        "adamw", description="Local optimiser; its state starts fresh in every round."
+    )
+    learning_rate: float = Field(1e-3, gt=0, description="Learning rate of the first round.")
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="Learning rate over rounds, from `learning-rate` towards 0."
+    )
+    warmup_rounds: int = Field(
+        0, ge=0, description="Rounds over which the learning rate first rises linearly."
+    )
+    max_length: int = Field(128, ge=2, description="Longest sequence, in tokens.")
+    packing: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="Pack several documents into one sequence without attention between them; "
+        "`auto` packs where the payload and the architecture allow it.",
+    )
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="Arithmetic of the forward pass; `auto` is bfloat16 autocast on hardware "
+        "that computes in it, else float32.",
+    )
+    max_grad_norm: float = Field(
+        1.0, ge=0, description="Clip each step's gradient to this norm; 0 does not clip."
+    )
+    prox_mu: float = Field(
+        0.0, ge=0, description="FedProx: weight of (mu / 2) * ||w - w_global||^2."
+    )
+    threads: int = Field(
+        0, ge=0, description="CPU threads of a worker; 0 leaves the runtime's choice."
+    )
+
+    def check(self) -> None:
+        """Refuse settings that contradict each other; raises ConfigError."""
+        if (self.steps == 0) == (self.epochs == 0):
+            raise ConfigError(
+                "Expected exactly one of train.steps and train.epochs above 0, got "
+                f"steps={self.steps} and epochs={self.epochs}; set the other to 0."
+            )
+
+    def learning_rate_at(self, round_: int, rounds: int) -> float:
+        """Learning rate of round `round_` (1-based) of `rounds`."""
+        import math
+
+        if round_ <= self.warmup_rounds:
+            return self.learning_rate * round_ / (self.warmup_rounds + 1)
+        span = max(rounds - self.warmup_rounds, 1)
+        done = (round_ - 1 - self.warmup_rounds) / span
+        factor = {
+            "constant": 1.0,
+            "linear": 1.0 - done,
+            "cosine": 0.5 * (1.0 + math.cos(math.pi * done)),
+        }[self.schedule]
+        return self.learning_rate * factor

@@ -1,0 +1,217 @@
+"""What is trained and travels: attached to a base model, selected from it, loaded back into it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from peft import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from models.base import seeded
+from models.config import PayloadConfig
+from models.layout import Layout
+from models.section import ConfigError, unknown
+
+Settings = dict[str, Any]
+
+
+class Payload:
+    """The trained part of a module: its named tensors, how to take them out and put them back."""
+
+    def __init__(self, kind: str, module: Any) -> None:
+        self.kind = kind
+        self.module = module
+        trained = {_plain(n): p for n, p in module.named_parameters() if p.requires_grad}
+        self.parameters: dict[str, nn.Parameter] = dict(sorted(trained.items()))
+        self.layout = Layout.of({name: p.float() for name, p in self.parameters.items()})
+
+    @property
+    def device(self) -> torch.device:
+        """Where the payload's tensors are."""
+        return next(iter(self.parameters.values())).device
+
+    def select(self) -> dict[str, Tensor]:
+        """Copies of the payload's tensors, float32 on the CPU, in the layout's order."""
+        return {
+            name: parameter.detach().to("cpu", torch.float32, copy=True)
+            for name, parameter in self.parameters.items()
+        }
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write tensors into the module by name; raises LayoutError when they do not fit."""
+        self.layout.check(tensors)
+        for name, parameter in self.parameters.items():
+            parameter.copy_(tensors[name])
+
+    def save(self, folder: Path) -> None:
+        """Write the payload in PEFT format, or the whole model for `full`."""
+        if self.kind == "full":
+            self.module.save_pretrained(folder)
+        else:
+            self.module.save_pretrained(folder, save_embedding_layers=False)
+
+
+def attach(
+    model: PreTrainedModel,
+    config: PayloadConfig,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    task: str = "causal-lm",
+    fresh_modules: Sequence[str] = (),
+    seed: int = 0,
+) -> Payload:
+    """Attach the payload that `config` names to `model`, which it freezes and changes in place.
+
+    Modules named in `fresh_modules` (a classification head, say) are trained and travel too.
+    Start values are drawn from `seed`. Raises ConfigError for an unknown kind or option, or one
+    that the architecture does not support.
+    """
+    if config.kind == "full":
+        model.requires_grad_(True)
+        return Payload("full", model)
+    # Values such as rank and module names only meet the architecture here, inside PEFT.
+    try:
+        with seeded(seed):
+            settings = _peft_config(config, model, task, fresh_modules)
+            module = peft.get_peft_model(model, settings)
+            if config.kind in ("soft-prompt", "prefix"):
+                _start_prompt(module, config, tokenizer)
+    except ConfigError:
+        raise
+    except (ValueError, TypeError, KeyError, NotImplementedError, AttributeError) as error:
+        raise ConfigError(
+            f"Expected payload.kind={config.kind!r} to fit a {type(model).__name__}, but it does "
+            f"not ({error}); change payload.target-modules or payload.kind."
+        ) from error
+    _require_trained(module, fresh_modules, config.kind)
+    return Payload(config.kind, module.to(model.device))
+
+
+def _require_trained(module: nn.Module, names: Sequence[str], kind: str) -> None:
+    """Refuse methods that neither train nor save a head that was drawn at random."""
+    for name in names:
+        owned = [p for n, p in module.named_parameters() if f".{name}." in f".{_plain(n)}"]
+        if not any(parameter.requires_grad for parameter in owned):
+            raise ConfigError(
+                f"Expected payload.kind={kind!r} to train the new module {name!r} of this task, but "
+                "the method cannot carry it; pick 'lora', 'soft-prompt', 'prefix' or 'full'."
+            )
+
+
+def _plain(name: str) -> str:
+    """Parameter name without PEFT's adapter name and wrappers, stable across PEFT versions."""
+    parts = [part for part in name.split(".") if part not in ("default", "modules_to_save")]
+    return ".".join(parts)
+
+
+def _lora(config: PayloadConfig, model: PreTrainedModel) -> Settings:
+    return {"r": config.rank, "lora_alpha": config.alpha, "lora_dropout": config.dropout}
+
+
+def _llama_adapter(config: PayloadConfig, model: PreTrainedModel) -> Settings:
+    layers = model.config.get_text_config().num_hidden_layers
+    return {"adapter_len": config.num_virtual_tokens, "adapter_layers": layers}
+
+
+def _nothing_special(config: PayloadConfig, model: PreTrainedModel) -> Settings:
+    return {}
+
+
+_KINDS: Mapping[str, tuple[str, Callable[[PayloadConfig, PreTrainedModel], Settings]]] = {
+    "lora": ("LORA", _lora),
+    "soft-prompt": ("PROMPT_TUNING", _nothing_special),
+    "prefix": ("PREFIX_TUNING", _nothing_special),
+    "adapter": ("ADAPTION_PROMPT", _llama_adapter),
+}
+
+
+def kinds() -> list[str]:
+    """Every payload kind that `attach` knows."""
+    others = {str(method.value) for method in PEFT_TYPE_TO_CONFIG_MAPPING}
+    named = {peft_name for peft_name, _ in _KINDS.values()}
+    return ["full", *_KINDS, *sorted(m.lower().replace("_", "-") for m in others - named)]
+
+
+def check_kind(config: PayloadConfig) -> Settings:
+    """Parsed `options`; raises ConfigError for an unknown kind or options that are not an object."""
+    if config.kind not in kinds():
+        raise unknown("payload.kind", config.kind, kinds())
+    try:
+        options = json.loads(config.options or "{}")
+    except json.JSONDecodeError as error:
+        options = error
+    if not isinstance(options, dict):
+        raise ConfigError(
+            f'Expected payload.options as a JSON object such as {{"use_dora": true}}, got '
+            f"{config.options!r}."
+        )
+    return options
+
+
+def _targets(config: PayloadConfig) -> str | list[str] | None:
+    names = [name.strip() for name in config.target_modules.split(",") if name.strip()]
+    return "all-linear" if names == ["all-linear"] else names or None
+
+
+def _config_class(kind: str) -> Any:
+    methods = {str(method.value): cls for method, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    return methods[_KINDS[kind][0] if kind in _KINDS else kind.upper().replace("-", "_")]
+
+
+def prompting(kind: str) -> bool:
+    """Whether virtual tokens stand before the text, so that a row holds one document only."""
+    return kind == "adapter" or (
+        kind != "full" and issubclass(_config_class(kind), peft.PromptLearningConfig)
+    )
+
+
+def _peft_config(
+    config: PayloadConfig, model: PreTrainedModel, task: str, fresh_modules: Sequence[str]
+) -> PeftConfig:
+    options = check_kind(config)
+    cls = _config_class(config.kind)
+    _, special = _KINDS.get(config.kind, ("", _nothing_special))
+    common: Settings = {
+        "task_type": "SEQ_CLS" if task == "classification" else "CAUSAL_LM",
+        "target_modules": _targets(config),
+        "num_virtual_tokens": config.num_virtual_tokens,
+        "modules_to_save": list(fresh_modules) or None,
+    }
+    fields = cls.__dataclass_fields__
+    settings = {k: v for k, v in common.items() if k in fields and v is not None}
+    if bad := [name for name in options if name not in fields]:
+        raise unknown(f"payload.options entry for {config.kind}", bad[0], fields)
+    built = cls(**(settings | special(config, model) | options))
+    assert isinstance(built, PeftConfig)
+    return built
+
+
+@torch.no_grad()
+def _start_prompt(
+    module: Any, config: PayloadConfig, tokenizer: PreTrainedTokenizerBase | None
+) -> None:
+    """Set the soft prompt's start; PEFT's own text start would record a path of this machine."""
+    prompt = module.prompt_encoder["default"].embedding.weight
+    vocabulary = module.get_base_model().get_input_embeddings().weight
+    if config.kind == "prefix" or config.init == "random":
+        # PEFT draws with a standard deviation of 1, which would drown the text's own embeddings.
+        prompt.normal_(std=float(vocabulary.float().std()))
+        return
+    if config.init == "vocabulary":
+        ids = torch.randint(vocabulary.shape[0], (len(prompt),))
+    else:
+        if tokenizer is None:
+            raise ConfigError(
+                "Expected a tokenizer with payload.init='text', got none; pass tokenizer=."
+            )
+        words = tokenizer(config.init_text, add_special_tokens=False)["input_ids"]
+        ids = torch.tensor(words).repeat(-(-len(prompt) // len(words)))[: len(prompt)]
+    prompt.copy_(vocabulary[ids.to(vocabulary.device)])

@@ -1,0 +1,126 @@
+"""Local training: one loop for every payload kind and task."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from models.base import seeded
+from models.batches import Batch
+from models.config import TrainConfig
+from models.payload import Payload
+
+Progress = Callable[[int, int, float, float], None]  # step, steps, loss, tokens per second
+_PROGRESS_EVERY_S = 5.0
+
+
+class TrainingError(RuntimeError):
+    """Local training that cannot go on."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a round of local training did; `loss` is the mean over steps, `seconds` wall time."""
+
+    loss: float
+    steps: int
+    tokens: int
+    useful_tokens: int
+    seconds: float
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
+    """Arithmetic of the forward pass: bfloat16 autocast where asked for or worth it."""
+    fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    if precision == "bfloat16" or (precision == "auto" and fast):
+        return torch.autocast(device.type, torch.bfloat16)
+    return nullcontext()
+
+
+def train(
+    payload: Payload,
+    batches: Iterator[Batch],
+    config: TrainConfig,
+    *,
+    steps: int,
+    learning_rate: float,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Trained:
+    """Train the payload in place for `steps` optimiser steps on the next batches.
+
+    The loss of a step is the mean over its counted labels, whatever the accumulation. With
+    `prox_mu` the gradient of (mu / 2) * ||w - w_0||^2 is added, w_0 being the weights at entry
+    (FedProx, Li et al. 2020, equation 2). Raises TrainingError when the loss is not finite.
+    """
+    parameters = list(payload.parameters.values())
+    anchor = [p.detach().clone() for p in parameters] if config.prox_mu else []
+    optimizer = _optimizer(config, parameters, learning_rate)
+    where = payload.device
+    loss_sum = torch.zeros((), device=where)
+    tokens = useful = 0
+    started = shown = time.perf_counter()
+    payload.module.train()
+    with seeded(seed):  # dropout
+        for step in range(1, steps + 1):
+            micro = [next(batches) for _ in range(config.grad_accumulation)]
+            counted = sum(batch.counted for batch in micro)
+            for batch in micro:
+                with autocast(config.precision, where):
+                    loss = payload.module(**on(batch.inputs, where)).loss
+                loss = loss * (batch.counted / counted)
+                loss.backward()
+                loss_sum += loss.detach()
+                tokens, useful = tokens + batch.tokens, useful + batch.useful
+            _step(optimizer, parameters, anchor, config)
+            now = time.perf_counter()
+            if progress and (now - shown > _PROGRESS_EVERY_S or step == steps):
+                shown = now
+                progress(step, steps, float(loss_sum) / step, tokens / (now - started))
+    mean = float(loss_sum) / max(steps, 1)
+    if not math.isfinite(mean):
+        raise TrainingError(
+            f"Expected a finite training loss, got {mean} within {steps} steps; lower "
+            "train.learning-rate or set train.max-grad-norm."
+        )
+    return Trained(mean, steps, tokens, useful, time.perf_counter() - started)
+
+
+def _optimizer(
+    config: TrainConfig, parameters: list[torch.nn.Parameter], learning_rate: float
+) -> torch.optim.Optimizer:
+    kinds: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
+        "adamw": torch.optim.AdamW,
+        "sgd": torch.optim.SGD,
+    }
+    return kinds[config.optimizer](
+        parameters, lr=learning_rate, weight_decay=config.weight_decay, fused=True
+    )
+
+
+@torch.no_grad()
+def _step(
+    optimizer: torch.optim.Optimizer,
+    parameters: list[torch.nn.Parameter],
+    anchor: list[Tensor],
+    config: TrainConfig,
+) -> None:
+    if anchor:
+        for parameter, start in zip(parameters, anchor, strict=True):
+            if parameter.grad is not None:
+                parameter.grad.add_(parameter - start, alpha=config.prox_mu)
+    if config.max_grad_norm:
+        torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def on(inputs: Mapping[str, Tensor], where: torch.device) -> dict[str, Tensor]:
+    """The inputs of a batch on the device `where`."""
+    return {name: tensor.to(where, non_blocking=True) for name, tensor in inputs.items()}

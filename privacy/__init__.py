@@ -1,0 +1,1 @@
+"""Privacy: what leaves a site, how it is protected, and how much protection is spent."""

@@ -1,0 +1,67 @@
+"""Aggregation as pure functions on a cohort of updates, and their composition."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from models.layout import Layout
+from strategies.cohort import Cohort, CohortError, norm
+from strategies.registry import compose, split_names
+
+__all__ = ["aggregate"]
+
+T = TypeVar("T")
+
+
+def aggregate(
+    rule: str,
+    base: Mapping[str, Tensor],
+    deltas: Sequence[Mapping[str, Tensor]] | Mapping[str, Mapping[str, Tensor]],
+    weights: Sequence[float] | Mapping[str, float] | None = None,
+    *,
+    pre: str | Sequence[str] = (),
+    server_optimizer: str = "none",
+    seed: int = 0,
+    **options: object,
+) -> dict[str, Tensor]:
+    """One aggregation without Flower: base plus the aggregated delta, as new named tensors.
+
+    `base` maps names to tensors of one dtype; each delta holds the same names and shapes. Deltas
+    and weights are sequences, or mappings by site name; no weights means the same for all.
+    `options` are those of the stages: `clip_norm=1.0` with `pre="clip"`, `server_learning_rate=0.1`
+    with `server_optimizer="adam"`. Raises ConfigError for an unknown rule, stage or option,
+    LayoutError or CohortError for deltas or weights that do not fit or are not finite.
+    """
+    names = split_names(pre) if isinstance(pre, str) else tuple(pre)
+    stage = compose(rule, names, server_optimizer, options)
+    layout = Layout.of(base)
+    # Arithmetic is float32 whatever the base is kept in.
+    wide = Layout(layout.names, layout.shapes)
+    rows = {site: _row(site, delta, wide) for site, delta in _by_site(deltas).items()}
+    shares = None if weights is None else _by_site(weights)
+    base_D = wide.flatten({name: tensor.float() for name, tensor in base.items()})
+    cohort = Cohort.of(wide, base_D, rows, shares)
+    generator = torch.Generator().manual_seed(seed)
+    delta, _ = stage.apply(stage.init(wide.size), cohort, generator)
+    return layout.unflatten(base_D + delta.vector_D)
+
+
+def _by_site(values: Sequence[T] | Mapping[str, T]) -> dict[str, T]:
+    if isinstance(values, Mapping):
+        return dict(values)
+    # Padded, so that sorting by name keeps the order in which they were given.
+    return {f"{index:08d}": value for index, value in enumerate(values)}
+
+
+def _row(site: str, delta: Mapping[str, Tensor], layout: Layout) -> Tensor:
+    known = [name for name in layout.names if name in delta]
+    ordered = [*known, *(name for name in delta if name not in layout.names)]
+    row = layout.flatten({name: delta[name].float() for name in ordered})
+    if not math.isfinite(norm(row)):
+        raise CohortError(f"Expected finite numbers from {site!r}, got NaN or Inf.")
+    return row

@@ -1,0 +1,55 @@
+"""`strategy.*`: how the sites' updates become the next model."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from models.section import ConfigError, Section
+
+
+class StrategyConfig(Section):
+    """`strategy.*`: selection of sites, weighting, gate, rule and server optimiser."""
+
+    rule: str = Field("mean", min_length=1, description="Aggregation rule.")
+    pre: str = Field(
+        "", description="Comma-separated pre-aggregation stages, in order; empty for none."
+    )
+    clip_norm: float = Field(
+        1.0, gt=0, description="L2 norm to which the pre-aggregation stage `clip` scales updates."
+    )
+    server_optimizer: str = Field(
+        "none",
+        min_length=1,
+        description="`none` adds the aggregated update; `momentum`, `adam`, `yogi` and `adagrad` "
+        "treat it as a pseudo-gradient (Reddi et al. 2021).",
+    )
+    server_learning_rate: float = Field(
+        1.0, gt=0, description="Step size of the server optimiser; `none` uses 1."
+    )
+    server_momentum: float = Field(0.9, ge=0, lt=1, description="Momentum, beta1 of Adam and Yogi.")
+    server_beta2: float = Field(
+        0.99, ge=0, lt=1, description="Second-moment decay of Adam and Yogi."
+    )
+    server_tau: float = Field(1e-3, gt=0, description="Adaptivity floor of Adam, Yogi, Adagrad.")
+    fraction: float = Field(1.0, gt=0, le=1, description="Share of the sites asked in each round.")
+    min_sites: int = Field(1, ge=1, description="Fewest sites a run starts and a round ends with.")
+    weighting: Literal["examples", "uniform"] = Field(
+        "examples", description="Weight of a site: its training rows, or the same for all."
+    )
+    weight_cap: int = Field(
+        100_000, ge=1, description="Most training rows a site is credited with."
+    )
+    max_update_norm: float = Field(
+        1e4, gt=0, description="An update with a larger L2 norm is quarantined."
+    )
+
+    def check(self) -> None:
+        """Refuse settings that contradict each other; raises ConfigError."""
+        if self.server_optimizer == "none" and self.server_learning_rate != 1.0:
+            raise ConfigError(
+                "Expected strategy.server-learning-rate=1 with server-optimizer='none', got "
+                f"{self.server_learning_rate}; pick 'momentum' with server-momentum=0 for a scaled "
+                "step."
+            )

@@ -1,0 +1,344 @@
+"""The one adapter between Flower's messages and the chain of stages."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from logging import INFO
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Message,
+    MessageType,
+    MetricRecord,
+    RecordDict,
+)
+from flwr.common.logger import log
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result, Strategy
+from torch import Tensor
+
+from models.layout import Layout
+from models.seeds import derive
+from models.wire import RawArray, decode, encode
+from strategies.cohort import Cohort, Delta, Spool, norm
+from strategies.config import StrategyConfig
+from strategies.gate import Gate, Refusal, Reply
+from strategies.sampling import sample
+from strategies.stage import Rule, State
+
+Scalar = bool | int | float | str
+_STYPE = "florilegium.raw"  # little-endian bytes: Flower's own numpy format has no bfloat16
+_POLL_S = 0.2
+
+
+class RoundError(RuntimeError):
+    """A round that too few sites answered well; the rounds before it are safe."""
+
+
+@dataclass(frozen=True)
+class SiteOutcome:
+    """What one asked site answered in a round; sizes in bytes of payload."""
+
+    site: str
+    status: Literal["ok", "quarantined", "failed", "missing"]
+    reason: str
+    report: Mapping[str, Scalar]
+    bytes_down: int
+    bytes_up: int
+
+
+@dataclass(frozen=True)
+class RoundOutcome:
+    """A finished round: the new global payload, the chain's state and what each site did."""
+
+    round: int
+    payload: dict[str, Tensor]
+    state: dict[str, Tensor]
+    sites: tuple[SiteOutcome, ...]
+    wall_s: float
+    aggregate_s: float
+    update_norm: float
+
+
+class Listener(Protocol):
+    """Told of every finished round and evaluation, in order."""
+
+    def round_finished(self, outcome: RoundOutcome) -> None:
+        """Called after each round; what it raises ends the run."""
+
+    def evaluated(self, round_: int, sites: Sequence[SiteOutcome]) -> None:
+        """Called with the scores of the global payload after `round_` rounds."""
+
+
+def to_record(tensors: Mapping[str, Tensor]) -> ArrayRecord:
+    """Pack named tensors into an ArrayRecord of raw bytes, in order."""
+    raw = {name: encode(tensor) for name, tensor in tensors.items()}
+    return ArrayRecord({name: Array(r.dtype, r.shape, _STYPE, r.data) for name, r in raw.items()})
+
+
+def from_record(record: ArrayRecord) -> dict[str, RawArray]:
+    """Take the raw arrays out of an ArrayRecord, unchecked."""
+    return {
+        name: RawArray(array.dtype, tuple(array.shape), array.data)
+        for name, array in record.items()
+    }
+
+
+def decode_all(record: ArrayRecord) -> dict[str, Tensor]:
+    """Tensors of an ArrayRecord by name; raises WireError for bytes that do not fit."""
+    return {name: decode(raw) for name, raw in from_record(record).items()}
+
+
+def collect(grid: Grid, messages: Iterable[Message], timeout: float) -> Iterator[Message]:
+    """Push messages and yield the replies as they come, for at most `timeout` seconds."""
+    waiting = {message_id for message_id in grid.push_messages(messages) if message_id}
+    deadline = time.monotonic() + timeout
+    while waiting:
+        for reply in grid.pull_messages(waiting):
+            waiting.discard(reply.metadata.reply_to_message_id)
+            yield reply
+        if time.monotonic() > deadline:
+            return
+        if waiting:
+            time.sleep(_POLL_S)
+
+
+class ComposedStrategy(Strategy):
+    """Plans rounds, gates replies and runs the chain; the only subclass of Flower's Strategy.
+
+    `members` maps the names of the sites that are present to their node ids, `plan` gives what a
+    site needs to know of a round. Given the same seed, members and replies, the result is the same
+    bit for bit, in whatever order the replies arrive.
+    """
+
+    def __init__(
+        self,
+        settings: StrategyConfig,
+        chain: Rule,
+        layout: Layout,
+        *,
+        seed: int,
+        quorum: float,
+        members: Callable[[Grid], Mapping[str, int]],
+        plan: Callable[[int], Mapping[str, Scalar]],
+        spool: Path,
+        listener: Listener,
+    ) -> None:
+        self._settings = settings
+        self._chain = chain
+        self._layout = layout
+        self._seed = seed
+        self._quorum = quorum
+        self._members = members
+        self._plan = plan
+        self._spool = spool
+        self._listener = listener
+        self._done = 0
+        self._base_D = torch.zeros(layout.size)
+        self._state: State = chain.init(layout.size)
+        self._asked: dict[int, str] = {}
+
+    def restore(self, done: int, state: State) -> None:
+        """Go on after round `done` with the chain's state of that moment."""
+        self._done = done
+        self._state = state
+
+    def summary(self) -> None:
+        """Log what the strategy is made of."""
+        s = self._settings
+        log(INFO, "\t├──> Chain: %s", self._chain.name)
+        log(INFO, "\t├──> Sites per round: %.0f %% of those present", 100 * s.fraction)
+        log(INFO, "\t└──> Payload: %d values, layout %s", self._layout.size, self._layout.digest[:12])
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Draw the round's sites by name and address each with the payload and the plan."""
+        members = self._members(grid)
+        s = self._settings
+        names = sample(list(members), s.fraction, s.min_sites, self._seed, server_round)
+        self._asked = {members[name]: name for name in names}
+        return self._messages(MessageType.TRAIN, server_round, arrays, config)
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Address every site that is present with the payload to score."""
+        self._asked = {node_id: name for name, node_id in self._members(grid).items()}
+        return self._messages(MessageType.EVALUATE, server_round, arrays, config)
+
+    def _messages(
+        self, kind: str, round_: int, arrays: ArrayRecord, config: ConfigRecord
+    ) -> list[Message]:
+        plan = ConfigRecord({**config, **self._plan(round_), "round": round_})
+        plan["layout"] = self._layout.digest
+        content = RecordDict({"arrays": arrays, "plan": plan})
+        return [
+            Message(content, node_id, kind, group_id=str(round_))
+            for node_id in sorted(self._asked, key=self._asked.__getitem__)
+        ]
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Gate the replies as they come, run the chain over the admitted, tell the listener.
+
+        Raises RoundError when fewer sites than the quorum answered well.
+        """
+        started = time.monotonic()
+        s = self._settings
+        gate = Gate(
+            server_round, self._layout, set(self._asked.values()), s.max_update_norm, s.weight_cap
+        )
+        with Spool(self._spool) as spool:
+            weights, outcomes = self._admit(gate, spool, replies)
+            self._require_quorum(server_round, len(weights), outcomes)
+            received = time.monotonic()
+            delta = self._run_chain(server_round, spool, weights)
+        self._base_D, self._done = self._base_D + delta.vector_D, server_round
+        payload = self._layout.unflatten(self._base_D)
+        update_norm = norm(delta.vector_D)
+        now = time.monotonic()
+        self._listener.round_finished(
+            RoundOutcome(
+                server_round, payload, self._state, outcomes, now - started, now - received,
+                update_norm,
+            )  # fmt: skip
+        )
+        return to_record(payload), MetricRecord({"update-norm": update_norm})
+
+    def _admit(
+        self, gate: Gate, spool: Spool, replies: Iterable[Message]
+    ) -> tuple[dict[str, float], tuple[SiteOutcome, ...]]:
+        uniform = self._settings.weighting == "uniform"
+        weights: dict[str, float] = {}
+        outcomes: dict[str, SiteOutcome] = {}
+        down = 4 * self._layout.size
+        for message in replies:
+            site = self._asked.get(message.metadata.src_node_id)
+            if site is None:
+                log(INFO, "A reply of a node that was not asked is dropped.")
+                continue
+            outcome, reply = _read(site, message, down)
+            if reply is not None:
+                try:
+                    update = gate.admit(reply)
+                    spool.put(site, update.delta_D)
+                    weights[site] = 1.0 if uniform else float(update.num_examples)
+                except Refusal as refusal:
+                    outcome = _because(outcome, "quarantined", str(refusal))
+            if site not in outcomes or outcome.status == "ok":
+                outcomes[site] = outcome
+        for site in self._asked.values():
+            if site not in outcomes:
+                outcomes[site] = SiteOutcome(
+                    site, "missing", "No reply before run.deadline-s.", {}, down, 0
+                )
+        ordered = tuple(outcomes[site] for site in sorted(outcomes))
+        return weights, ordered
+
+    def _require_quorum(
+        self, round_: int, admitted: int, outcomes: Sequence[SiteOutcome]
+    ) -> None:
+        needed = max(self._settings.min_sites, math.ceil(self._quorum * len(self._asked)))
+        if admitted >= needed:
+            return
+        reasons = "; ".join(f"{o.site}: {o.reason}" for o in outcomes if o.status != "ok")
+        raise RoundError(
+            f"Expected at least {needed} of {len(self._asked)} sites to answer well in round "
+            f"{round_}, got {admitted} ({reasons}). Finished rounds are safe: mend the sites "
+            "and run again with run.resume='latest', or lower run.quorum or strategy.min-sites."
+        )
+
+    def _run_chain(self, round_: int, spool: Spool, weights: Mapping[str, float]) -> Delta:
+        cohort = Cohort.of(self._layout, self._base_D, spool, weights)
+        generator = torch.Generator().manual_seed(derive(self._seed, "chain", round_))
+        delta, self._state = self._chain.apply(self._state, cohort, generator)
+        return delta
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Hand the sites' scores to the listener; they are never mixed into the model."""
+        outcomes = [
+            _read(site, message, 4 * self._layout.size)[0]
+            for message in replies
+            if (site := self._asked.get(message.metadata.src_node_id)) is not None
+        ]
+        self._listener.evaluated(server_round, sorted(outcomes, key=lambda o: o.site))
+        return None
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+    ) -> Result:
+        """Run the rounds that are not done yet; unlike Flower's own loop this one can resume.
+
+        Training replies carry the score of the payload they started from, so that only the last
+        payload, and the first where not every site trains, need a message of their own.
+        """
+        train_config = train_config or ConfigRecord()
+        evaluate_config = evaluate_config or ConfigRecord()
+        self.summary()
+        result = Result()
+        arrays = initial_arrays
+        self._base_D = self._layout.flatten(decode_all(initial_arrays))
+        if self._done == 0 and self._settings.fraction < 1:
+            self._evaluate(grid, 0, arrays, evaluate_config, timeout)
+        for round_ in range(self._done + 1, num_rounds + 1):
+            log(INFO, "[ROUND %s/%s]", round_, num_rounds)
+            messages = self.configure_train(round_, arrays, train_config, grid)
+            new, metrics = self.aggregate_train(round_, collect(grid, messages, timeout))
+            assert new is not None and metrics is not None
+            arrays, result.train_metrics_clientapp[round_] = new, metrics
+        self._evaluate(grid, self._done, arrays, evaluate_config, timeout)
+        result.arrays = arrays
+        return result
+
+    def _evaluate(
+        self, grid: Grid, round_: int, arrays: ArrayRecord, config: ConfigRecord, timeout: float
+    ) -> None:
+        messages = self.configure_evaluate(round_, arrays, config, grid)
+        self.aggregate_evaluate(round_, collect(grid, messages, timeout))
+
+
+def _read(site: str, message: Message, bytes_down: int) -> tuple[SiteOutcome, Reply | None]:
+    """Take a reply apart without trusting it; no Reply when the site says that it failed."""
+    if message.has_error():
+        return SiteOutcome(site, "failed", str(message.error.reason), {}, bytes_down, 0), None
+    content = message.content
+    arrays = from_record(content.array_records.get("arrays", ArrayRecord()))
+    record = content.config_records.get("report", ConfigRecord())
+    report = {k: v for k, v in record.items() if isinstance(v, (bool, int, float, str))}
+    size = sum(len(raw.data) for raw in arrays.values())
+    if error := report.get("error"):
+        return SiteOutcome(site, "failed", str(error), report, bytes_down, size), None
+    reply = Reply(
+        site=site,
+        round=report.get("round"),
+        layout_digest=report.get("layout"),
+        num_examples=report.get("num-examples"),
+        arrays=arrays,
+        nbytes=size,
+    )
+    return SiteOutcome(site, "ok", "", report, bytes_down, size), reply
+
+
+def _because(
+    outcome: SiteOutcome, status: Literal["quarantined", "failed"], reason: str
+) -> SiteOutcome:
+    return replace(outcome, status=status, reason=reason)
