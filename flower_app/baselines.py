@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from logging import INFO, WARNING
+from typing import Any
 
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.common.logger import log
@@ -62,12 +62,11 @@ def _log(recorder: Recorder, folder: RunFolder, reply: Message) -> None:
         log(WARNING, "A baseline failed: %s", reason)
         return
     site = str(fields["site"])
-    row = {"kind": "baseline", "name": "local" if site else "central"}
-    own = {f"own_{key}": value for key, value in recorder.score(read_score("own", fields)).items()}
-    folder.log(
-        row
-        | ({"site": site} if site else {})
-        | recorder.score(read_score("all", fields))
-        | (own if site else {})
-    )
-    log(INFO, "Baseline %s: loss %.4f", site or "pooled", row.get("loss", math.nan))
+    row: dict[str, Any] = {"kind": "baseline", "name": "local" if site else "central"}
+    score = read_score("all", fields)
+    row |= recorder.score(score)
+    if site:
+        own = recorder.score(read_score("own", fields))
+        row |= {"site": site} | {f"own_{key}": value for key, value in own.items()}
+    folder.log(row)
+    log(INFO, "Baseline %s: loss %.4f", site or "pooled", score.loss)

@@ -171,7 +171,11 @@ def summarise(
     central = [row for row in rows if row["kind"] == "baseline" and row["name"] == "central"]
 
     def score(row: Mapping[str, Any] | None) -> dict[str, Any] | None:
-        return {"loss": row["loss"], name: row[name]} if row else None
+        if row is None:
+            return None
+        of_sites = list(row.get("per_site", {}).values())
+        own = {f"own_{key}": value for key, value in _average(of_sites, ("loss", name)).items()}
+        return {"loss": row["loss"], name: row[name]} | (own if of_sites else {})
 
     return {
         "name": config.run.name,

@@ -1,7 +1,7 @@
 """The embedded base model: a small Llama trained once on the reference text of this CPython.
 
-It needs no download: the text is `pydoc_data.topics`, which ships with the interpreter. The result is
-a folder in hub format in the user's cache, built by one process while others wait.
+It needs no download: the text is `pydoc_data.topics`, which ships with the interpreter. The result
+is a folder in hub format in the user's cache, built by one process while others wait.
 """
 
 from __future__ import annotations
@@ -59,13 +59,15 @@ class Recipe:
     threads: int = 2
 
 
-def ensure(folder: Path | None = None, log: Log | None = None, recipe: Recipe | None = None) -> Path:
+def ensure(
+    folder: Path | None = None, log: Log | None = None, recipe: Recipe | None = None
+) -> Path:
     """Return the folder of the embedded model in hub format, building it if it is not there.
 
     `folder` is the model's own folder, by default one named by `digest` in `cache_root`. Any number
     of processes may call this at once: one builds, the others wait. The folder appears whole or not
-    at all. `log` gets a line every few seconds (default: standard error). Same recipe and libraries,
-    same CPU: same bytes, whatever the number of threads in use. Raises ConfigError if the folder
+    at all. `log` gets a line every few seconds (default: standard error). Same recipe, libraries and
+    CPU: same bytes, whatever the number of threads in use. Raises ConfigError if the folder
     cannot be written, holds something else, or the reference text is missing.
     """
     recipe = recipe or Recipe()
@@ -97,14 +99,14 @@ def cache_root() -> Path:
 
 
 def digest(recipe: Recipe, text: list[str]) -> str:
-    """Return the SHA-256 of all that determines the model: recipe, text, libraries, architecture."""
+    """Return the SHA-256 of all that determines the model: recipe, text, libraries, machine."""
     libraries = [module.__version__ for module in (torch, transformers, tokenizers)]
     facts = [dataclasses.asdict(recipe), text, libraries, platform.machine()]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def reference_text() -> list[str]:
-    """Return the topics of the Python reference, sorted by name; raises ConfigError if not there."""
+    """Return the topics of the Python reference, sorted by name; raises ConfigError if absent."""
     try:
         from pydoc_data.topics import topics
     except ImportError as error:
@@ -116,7 +118,7 @@ def reference_text() -> list[str]:
 
 
 def passages(text: list[str], at_least: int) -> list[str]:
-    """Cut the text at blank lines into distinct passages of `at_least` characters or a topic's rest.
+    """Cut at blank lines into distinct passages of `at_least` characters or a topic's rest.
 
     Short documents teach the model where one begins and ends, as the sites' rows do.
     """
@@ -138,7 +140,7 @@ def _to_stderr(line: str) -> None:
 
 
 def _is_built(folder: Path, key: str) -> bool:
-    """Whether `folder` holds the model of this digest; raises ConfigError if it holds another thing."""
+    """Whether `folder` holds this model; raises ConfigError if it holds something else."""
     if not folder.exists():
         return False
     try:
@@ -184,7 +186,10 @@ def _build_into(folder: Path, recipe: Recipe, text: list[str], key: str, log: Lo
         model.save_pretrained(part)
         stamp = {"digest": key, "recipe": dataclasses.asdict(recipe)}
         (part / STAMP).write_text(json.dumps(stamp, indent=2) + "\n", encoding="utf-8")
-        part.chmod(0o755)  # mkdtemp makes it private; a model folder is not
+        # Temporary folders and safetensors files are private; a model is not.
+        part.chmod(0o755)
+        for file in part.iterdir():
+            file.chmod(0o644)
         part.rename(folder)
         log(f"Built the embedded base model in {time.monotonic() - began:.0f} s.")
     finally:
@@ -223,8 +228,8 @@ def train_model(
 ) -> LlamaForCausalLM:
     """Train the model from seeded weights: Muon for the matrices of the blocks, AdamW for the rest.
 
-    Muon (Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks") gets a lower
-    loss from the few steps that fit in a minute. Thread count is fixed inside and restored after.
+    Muon (Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks") gets a
+    lower loss from the few steps that fit in a minute. Thread count is fixed inside and restored after.
     """
     # Sums are split by thread, so the number of threads is part of the recipe.
     threads = torch.get_num_threads()
@@ -233,7 +238,8 @@ def train_model(
         with torch.enable_grad():
             model = _new_model(tokenizer, recipe)
             _fit(model, _windows(documents, tokenizer, recipe), recipe, log)
-            return model.eval()
+            model.eval()
+            return model
     finally:
         torch.set_num_threads(threads)
 

@@ -47,8 +47,8 @@ _Function = ast.FunctionDef | ast.AsyncFunctionDef
 def rows(library: Path | None = None) -> list[dict[str, str]]:
     """Return rows with the columns `site` (package) and `text`, in an order that never changes.
 
-    A text is a module's or class's docstring or the source of a function, without its indentation,
-    of at most MAX_CHARS characters (longer ones are cut at line ends, only a longer line is longer);
+    A text is a module's or class's docstring or the source of a function, without its indentation.
+    Longer ones are cut at line ends into texts of at most MAX_CHARS characters (or of one line);
     those below MIN_CHARS and repetitions inside a package are left out. `library` is the folder of
     the standard library, by default this interpreter's. Raises ConfigError if a package is not
     there as source.

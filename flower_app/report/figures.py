@@ -62,7 +62,7 @@ def curves(run: Run, key: str) -> Figure | None:
 
 
 def sites(run: Run, key: str) -> Figure | None:
-    """`key` of each site on its own held-out rows, before, alone and federated (pooled if known)."""
+    """`key` of each site on its own held-out rows: before, alone, federated, pooled if known."""
     names = drawn_sites(run, key)
     if not names:
         return None
@@ -225,8 +225,9 @@ def _end_labels(axes: Axes, ends: Sequence[tuple[str, float]]) -> None:
 
 
 def _label(axes: Axes, name: str, value: float, at: tuple[float, float], unit: str) -> None:
+    digits = 3 if abs(value) < 10 else 2 if abs(value) < 100 else 1 if abs(value) < 1000 else 0
     axes.annotate(
-        f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}",
+        f"{value:,.{digits}f}" if abs(value) < 1e5 else f"{value:.1e}",
         xy=at,
         xycoords=unit,
         xytext=(7, 0),

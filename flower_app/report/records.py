@@ -82,6 +82,8 @@ def read_run(folder: Path) -> Run:
     rounds = _latest(rows, "round", ("round",))
     local = {str(r["site"]): r for r in baselines if r.get("name") == "local" and "site" in r}
     central = next((r for r in reversed(baselines) if r.get("name") == "central"), None)
+    if rounds and written and rounds[-1]["round"] > (number(written, "rounds") or 0):
+        written = None  # the summary of an earlier end, after which the run was resumed
     grown = _so_far(
         config_text=config_text,
         evaluations=evaluations,
@@ -126,7 +128,7 @@ def _rows(text: str) -> tuple[list[Row], int]:
     """All JSON objects, and the number of lines that are none (a killed run may cut its last)."""
     rows: list[Row] = []
     unread = 0
-    for line in text.splitlines():
+    for line in text.split("\n"):  # a string in JSON may hold other line separators
         if not line.strip():
             continue
         try:

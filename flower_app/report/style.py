@@ -87,8 +87,8 @@ tbody th { overflow-wrap: break-word; max-width: 15em; }
 tr.ours th, tr.ours td { background: var(--tint); font-weight: 650; }
 tr.ours th { box-shadow: -20px 0 0 var(--tint); }
 tr.ours td:last-child { box-shadow: 20px 0 0 var(--tint); }
-.swatch { display: inline-block; vertical-align: middle; width: 11px; height: 11px; border-radius: 3px;
-  margin-right: 9px;  background: var(--c); }
+.swatch { display: inline-block; vertical-align: middle; width: 11px; height: 11px;
+  border-radius: 3px; margin-right: 9px; background: var(--c); }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr));
   gap: 20px; align-items: start; }
 #left-out td:nth-child(3) { white-space: nowrap; }
@@ -124,8 +124,8 @@ footer { padding-top: 44px; padding-bottom: 56px; }
   thead th, caption { font-size: 12.5px; }
   .facts { grid-template-columns: 1fr 1fr; }
   #results .swatch { display: none; }
-  #results th, #results td { font-size: 13.5px; padding-left: 7px; }
-  #results thead th { font-size: 11.5px; letter-spacing: -0.01em; }
+  #results th, #results td { font-size: 13px; padding-left: 6px; }
+  #results thead th { font-size: 11px; letter-spacing: -0.01em; }
   #results th:first-child { padding-left: 0; }
   #left-out thead { display: none; }
   #left-out tr { display: flex; flex-wrap: wrap; gap: 0 12px; padding: 8px 0;
