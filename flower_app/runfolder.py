@@ -96,7 +96,7 @@ class RunFolder:
 
     def rows(self) -> list[dict[str, Any]]:
         """All rows of metrics.jsonl."""
-        return [json.loads(line) for line in self.metrics.read_text().splitlines()]
+        return [json.loads(line) for line in self.metrics.read_text().split("\n") if line]
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Make `checkpoint` the one to resume from; on failure the one before stays.

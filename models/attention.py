@@ -82,6 +82,7 @@ def packed_attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
+    *,
     dropout: float = 0.0,
     scaling: float | None = None,
     **kwargs: Any,
@@ -112,7 +113,9 @@ def packed_attention(
         torch.split(repeat_kv(value, groups), lengths, dim=2),
         strict=True,
     )
-    outputs = [_attend(q, k, v, dropout, scaling, window) for q, k, v in parts]
+    outputs = [
+        _attend(q, k, v, dropout=dropout, scaling=scaling, window=window) for q, k, v in parts
+    ]
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
 
@@ -120,6 +123,7 @@ def _attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    *,
     dropout: float,
     scaling: float | None,
     window: int | None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -61,6 +62,14 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
+def quiet() -> None:
+    """Keep transformers' progress bars and remarks on new heads out of the logs."""
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    # PEFT calls a method that transformers has renamed.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+
+
 def find_folder(name: str) -> Path:
     """Folder in hub format behind `name`; raises ConfigError when there is none."""
     if name == "embedded":
@@ -113,8 +122,7 @@ def load(config: ModelConfig, *, path: str = "", num_labels: int = 0, seed: int 
     quantisation that this machine cannot do. Weights that the folder lacks are drawn from `seed`.
     """
     folder = find_folder(path or config.name)
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()  # missing heads are told by `fresh_modules`
+    quiet()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

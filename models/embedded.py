@@ -48,11 +48,11 @@ class Recipe:
     max_positions: int = 512
     passage_chars: int = 800
     seq_length: int = 256
-    batch_size: int = 8
-    steps: int = 260
+    batch_size: int = 4
+    steps: int = 360
     warmup: float = 0.05
-    embedding_learning_rate: float = 4e-3
-    matrix_learning_rate: float = 0.02
+    embedding_learning_rate: float = 6e-3
+    matrix_learning_rate: float = 0.015
     weight_decay: float = 0.1
     max_grad_norm: float = 1.0
     seed: int = 0
@@ -66,8 +66,8 @@ def ensure(
 
     `folder` is the model's own folder, by default one named by `digest` in `cache_root`. Any number
     of processes may call this at once: one builds, the others wait. The folder appears whole or not
-    at all. `log` gets a line every few seconds (default: standard error). Same recipe, libraries and
-    CPU: same bytes, whatever the number of threads in use. Raises ConfigError if the folder
+    at all. `log` gets a line every few seconds (default: standard error). Same recipe, libraries
+    and CPU: same bytes, whatever the number of threads in use. Raises ConfigError if the folder
     cannot be written, holds something else, or the reference text is missing.
     """
     recipe = recipe or Recipe()
@@ -229,7 +229,8 @@ def train_model(
     """Train the model from seeded weights: Muon for the matrices of the blocks, AdamW for the rest.
 
     Muon (Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks") gets a
-    lower loss from the few steps that fit in a minute. Thread count is fixed inside and restored after.
+    lower loss from the few steps that fit in a minute. The thread count is fixed inside and
+    restored after.
     """
     # Sums are split by thread, so the number of threads is part of the recipe.
     threads = torch.get_num_threads()

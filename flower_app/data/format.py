@@ -46,7 +46,7 @@ def make_records(rows: Dataset, config: DataConfig, labels: Sequence[str] = ()) 
 
 
 def class_names(datasets: Sequence[Dataset], config: DataConfig) -> tuple[str, ...]:
-    """Names of the classes in the label column: as declared, else words sorted, or 0 to the largest."""
+    """Names of the classes, in order: as declared, else the words sorted, or 0 to the largest."""
     if given := config.label_names():
         return given
     for rows in datasets:
@@ -150,17 +150,16 @@ def _filler(template: str) -> Callable[[str, str], str]:
         fields = {str(error)}
     if fields - {"prompt", "input"} or "prompt" not in fields:
         raise DataError(
-            f"Expected data.template with {{prompt}} and perhaps {{input}} in it, got {template!r}; "
-            "write other braces doubled, as {{ and }}."
+            f"Expected data.template with {{prompt}} and perhaps {{input}} in it, got "
+            f"{template!r}; write other braces doubled, as {{{{ and }}}}."
         )
     return lambda prompt, extra: template.format(prompt=prompt, input=extra)
 
 
 def _texts(rows: Dataset, column: str, *, null_as: str | None = None) -> list[str]:
     texts: list[str] = []
-    for row, cell in enumerate(rows[column][:]):
-        if cell is None and null_as is not None:
-            cell = null_as
+    for row, found in enumerate(rows[column][:]):
+        cell = null_as if found is None else found
         if not isinstance(cell, str):
             raise _wrong(column, row, "text", cell)
         texts.append(cell)
@@ -172,8 +171,8 @@ def _index(cell: object, names: Sequence[str], column: str, row: int) -> int:
     if isinstance(cell, str):
         if not names:
             raise DataError(
-                f"Expected integers in column {column!r} where data.labels is empty, got {cell!r} in "
-                f"row {row}; list the class names in data.labels."
+                f"Expected integers in column {column!r} where data.labels is empty, got {cell!r} "
+                f"in row {row}; list the class names in data.labels."
             )
         if cell not in names:
             listed = ", ".join(repr(name) for name in names[:20])

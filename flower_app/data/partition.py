@@ -43,8 +43,8 @@ def partition(rows: Dataset, config: DataConfig, num_sites: int, seed: int) -> d
     shuffled = Dataset.from_dict(columns)
     if len(rows) < num_sites:
         raise DataError(
-            f"Expected at least one row per site, got {len(rows)} rows for {num_sites} sites, which "
-            f"leaves site {names[len(rows)]!r} empty; use fewer sites or more rows."
+            f"Expected at least one row per site, got {len(rows)} rows for {num_sites} sites, "
+            f"which leaves site {names[len(rows)]!r} empty; use fewer sites or more rows."
         )
     if config.partition == "sizes":
         sizes = _sizes(config.fractions(), len(rows), names)
@@ -109,8 +109,8 @@ def _dirichlet(
         raise
     except ValueError as error:
         raise DataError(
-            f"Expected a draw with at least {least} rows at each of {len(names)} sites, got none in "
-            f"ten with data.alpha={alpha}; raise data.alpha or use fewer sites."
+            f"Expected a draw with at least {least} rows at each of {len(names)} sites, got none "
+            f"in ten with data.alpha={alpha}; raise data.alpha or use fewer sites."
         ) from error
 
 

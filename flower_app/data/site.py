@@ -17,7 +17,7 @@ from models.text import Record
 
 @dataclass(frozen=True)
 class SiteRows:
-    """Records of a site; `dropped_duplicates` rows were not trained on, being held out elsewhere."""
+    """Records of a site; `dropped_duplicates` rows are not among them, being held out too."""
 
     name: str
     train: list[Record]
@@ -27,7 +27,7 @@ class SiteRows:
 
 @dataclass(frozen=True)
 class Simulation:
-    """All sites of a simulation over one reading of the data; load it once where many are needed."""
+    """All sites of a simulation over one reading of the data, for where more than one is needed."""
 
     config: DataConfig
     num_sites: int
@@ -69,7 +69,9 @@ class Simulation:
         if self.eval_rows is None:
             return _by_fraction(name, mine, self.config, self.seed, self.labels)
         own = self.eval_rows.select(self._eval_indices(self.eval_rows, name))
-        return _by_source(name, mine, own, self.eval_rows, self.config, self.labels)
+        return _by_source(
+            name, mine, self.config, own_eval=own, all_eval=self.eval_rows, labels=self.labels
+        )
 
     def _eval_indices(self, eval_rows: Dataset, name: str) -> list[int]:
         if self.config.partition == "natural":
@@ -108,7 +110,7 @@ def load_site(
     if eval_path is None:
         return _by_fraction(site, rows, config, seed, labels)
     eval_rows = load_rows(eval_path, config.eval_split)
-    return _by_source(site, rows, eval_rows, eval_rows, config, labels)
+    return _by_source(site, rows, config, own_eval=eval_rows, all_eval=eval_rows, labels=labels)
 
 
 def label_names(config: DataConfig) -> tuple[str, ...]:
@@ -146,9 +148,10 @@ def _by_fraction(
 def _by_source(
     name: str,
     rows: Dataset,
+    config: DataConfig,
+    *,
     own_eval: Dataset,
     all_eval: Dataset,
-    config: DataConfig,
     labels: tuple[str, ...],
 ) -> SiteRows:
     rows = _first(rows, config)
@@ -162,8 +165,8 @@ def _by_source(
     ]
     if not train:
         raise DataError(
-            f"Expected rows to train on at site {name!r}, got {len(rows)}, all of which are held-out "
-            "rows too; add rows or name other held-out rows."
+            f"Expected rows to train on at site {name!r}, got {len(rows)}, all of which are "
+            "held-out rows too; add rows or name other held-out rows."
         )
     held_out = make_records(own_eval, config, labels)
     return SiteRows(name, train, held_out, len(records) - len(train))

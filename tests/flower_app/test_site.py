@@ -115,9 +115,7 @@ def test_site_with_one_row_trains_on_it_or_says_what_to_do(tmp_path: Path) -> No
     path = written(tmp_path / "one.jsonl", [{"text": "only"}])
     rows = deployed(config(eval_fraction=0.0), "lone", path)
     assert (rows.train, rows.held_out) == ([Document("only")], [])
-    with pytest.raises(
-        DataError, match=r"train on at site 'lone', got 1, .*; lower it or add rows"
-    ):
+    with pytest.raises(DataError, match=r"at site 'lone', got 1, .*; lower it or add rows"):
         deployed(config(eval_fraction=0.999), "lone", path)
     with pytest.raises(DataError, match=r"at site 'lone', got 1, all of which are held-out rows"):
         deployed(config(), "lone", path, path)

@@ -1,0 +1,59 @@
+"""The quickstart: runs `flwr run .` on a SuperLink of its own and stops that again."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+
+from flower_app.local import environment, flwr_run, superlink
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the app in simulation with baselines; exit status of `flwr run`, 1 without a summary."""
+    parser = argparse.ArgumentParser(prog="quickstart", description=__doc__)
+    parser.add_argument("--sites", type=int, default=4, help="simulated sites (default: 4)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="run-config overrides")
+    options = parser.parse_args(arguments)
+    runs = ROOT / "runs"
+    config: dict[str, bool | int | float | str] = {
+        "run.name": "quickstart",
+        "run.output-dir": str(runs),
+        "run.baselines": True,
+    }
+    config |= dict(_override(text) for text in options.overrides)
+    before = (runs / "latest").resolve()
+    with tempfile.TemporaryDirectory(prefix="florilegium-") as folder:
+        home = Path(folder)
+        with superlink(home, simulation=True):
+            federation = {"num-supernodes": options.sites, "client-resources-num-cpus": 1}
+            command = flwr_run(home, ROOT, config, federation=federation)
+            status = subprocess.run(command, env=environment(home), cwd=ROOT, check=False)
+    folder_of_run = (Path(str(config["run.output-dir"])) / "latest").resolve()
+    if folder_of_run == before or not (folder_of_run / "summary.json").is_file():
+        print("The run did not finish; its messages above say why.", file=sys.stderr)
+        return status.returncode or 1
+    print(f"\nOpen {folder_of_run / 'report.html'} in a browser.")
+    print('Try: ./scripts/generate --run runs/latest --prompt "Return a list of"')
+    return status.returncode
+
+
+def _override(text: str) -> tuple[str, bool | int | float | str]:
+    key, separator, value = text.partition("=")
+    if not separator:
+        raise SystemExit(f"Expected key=value, got {text!r}, as in run.rounds=3.")
+    try:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value  # a plain word needs no quotes here
+    return key, parsed
+
+
+if __name__ == "__main__":
+    sys.exit(main())

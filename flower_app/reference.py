@@ -1,0 +1,125 @@
+"""The reference of every configuration key, made from the typed sections.
+
+`python -m flower_app.reference` rewrites docs/configuration.md and the tables in pyproject.toml.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import typing
+from pathlib import Path
+from typing import Any
+
+from pydantic.fields import FieldInfo
+
+from flower_app.config import sections
+from flower_app.node import NodeConfig
+from models import payload
+from models.section import Section
+from strategies import registry
+
+ROOT = Path(__file__).resolve().parent.parent
+_BOUNDS = {"ge": "≥ {}", "gt": "> {}", "le": "≤ {}", "lt": "< {}", "min_length": "not empty"}
+
+
+def markdown() -> str:
+    """The reference as a Markdown page: a table per section."""
+    parts = [_HEAD]
+    for name, cls in sections().items():
+        parts.append(f"## `{name}.*`\n\n{_table(cls, f'{name}.')}")
+    parts.append(_NODE + _table(NodeConfig, ""))
+    return "\n".join(parts)
+
+
+def toml() -> str:
+    """The tables of pyproject.toml that declare every key with its default."""
+    parts = []
+    for name, cls in sections().items():
+        lines = [f"[tool.flwr.app.config.{name}]"]
+        lines += [f"{info.alias} = {json.dumps(info.default)}" for info in _fields(cls)]
+        parts.append("\n".join(lines) + "\n")
+    return "\n".join(parts)
+
+
+def with_toml(text: str) -> str:
+    """`text` of a pyproject.toml with its run config tables replaced by the current ones."""
+    tables = r"(^\[tool\.flwr\.app\.config\.\w+\]\n(?:(?!\[).*\n)*)+"
+    return re.sub(tables, lambda _: toml() + "\n", text, count=1, flags=re.MULTILINE)
+
+
+def _fields(cls: type[Section]) -> list[FieldInfo]:
+    return list(cls.model_fields.values())
+
+
+def _table(cls: type[Section], prefix: str) -> str:
+    rows = ["| Key | Type | Default | Choices | Meaning |", "|---|---|---|---|---|"]
+    for info in _fields(cls):
+        key = f"{prefix}{info.alias}"
+        cells = (
+            f"`{key}`",
+            _type(info),
+            f"`{json.dumps(info.default)}`",
+            _choices(key, info),
+            info.description or "",
+        )
+        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(rows) + "\n"
+
+
+def _type(info: FieldInfo) -> str:
+    options = typing.get_args(info.annotation)
+    kind: Any = type(options[0]) if options else info.annotation
+    return {"str": "string", "int": "integer", "float": "number", "bool": "boolean"}[kind.__name__]
+
+
+def _choices(key: str, info: FieldInfo) -> str:
+    named = {
+        "payload.kind": payload.kinds(),
+        "strategy.rule": sorted(registry.RULES),
+        "strategy.pre": sorted(registry.PRE),
+        "strategy.server-optimizer": sorted(registry.SERVER_OPTIMIZERS),
+    }.get(key) or list(typing.get_args(info.annotation))
+    if named:
+        return ", ".join(f"`{name}`" for name in named)
+    bounds = [
+        text.format(getattr(rule, name))
+        for rule in info.metadata
+        for name, text in _BOUNDS.items()
+        if getattr(rule, name, None) is not None
+    ]
+    return ", ".join(bounds)
+
+
+_HEAD = """# Configuration
+
+Every key of the run config. Defaults are declared in `pyproject.toml` under
+`[tool.flwr.app.config]`; change them there, or for one run:
+
+```
+flwr run . --run-config "run.rounds=10 strategy.server-optimizer='adam'"
+flwr run . --run-config my-run.toml
+```
+
+Unknown, missing, mistyped and contradictory keys are refused before anything is loaded.
+This page is made from the types by `python -m flower_app.reference`; a test keeps it in step.
+"""
+
+_NODE = """## Node config
+
+What the operator of a site gives its SuperNode, as
+`flower-supernode --node-config 'site="north" data-path="/data/notes.jsonl"'`. Nothing of it leaves
+the site but the name.
+
+"""
+
+
+def main() -> None:
+    """Rewrite the generated files."""
+    (ROOT / "docs" / "configuration.md").write_text(markdown())
+    project = ROOT / "pyproject.toml"
+    project.write_text(with_toml(project.read_text()))
+
+
+if __name__ == "__main__":
+    main()
