@@ -81,30 +81,77 @@ def known_keys() -> list[str]:
     ]
 
 
+def defaults() -> dict[str, Value]:
+    """Every key with its default, dotted, as pyproject.toml declares it: a base to build on."""
+    return {
+        f"{section}.{info.alias}": info.default
+        for section, cls in sections().items()
+        for info in cls.model_fields.values()
+    }
+
+
 def parse(flat: Mapping[str, Value]) -> Config:
-    """Read flat dotted keys into sections; raises ConfigError that names all that is wrong."""
+    """Read flat dotted keys into sections; raises ConfigError that names all that is wrong.
+
+    Every key must be given: Flower fills in what pyproject.toml declares, so a key that is missing
+    was taken out there by mistake.
+    """
     keys = known_keys()
     nested: dict[str, dict[str, Value]] = {section: {} for section in sections()}
     problems: list[str] = []
     for key, value in flat.items():
-        if key not in keys:
-            problems.append(str(unknown("configuration key", key, keys)))
-            continue
-        section, name = key.split(".", 1)
-        nested[section][name] = value
+        if key in keys:
+            section, name = key.split(".", 1)
+            nested[section][name] = value
+        else:
+            problems.append(_unknown(key, keys))
+    usual = defaults()
+    problems += [_missing(key, usual[key]) for key in keys if key not in flat]
     try:
         config = Config.model_validate(nested)
     except ValidationError as error:
         raise ConfigError("\n".join(problems + [_explain(e) for e in error.errors()])) from None
+    problems += _contradictions(config)
     if problems:
         raise ConfigError("\n".join(problems))
-    _check_pairs(config)
     return config
+
+
+def _unknown(key: str, keys: list[str]) -> str:
+    section = key.partition(".")[0]
+    if section not in sections():
+        near = difflib.get_close_matches(key, keys, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        return f"Unknown configuration key {key!r}.{hint} Sections: {', '.join(sections())}."
+    own = [known for known in keys if known.startswith(f"{section}.")]
+    return str(unknown("configuration key", key, own))
+
+
+def _missing(key: str, default: Value) -> str:
+    section, name = key.split(".", 1)
+    return (
+        f"Expected {key}, which is missing; write {name} = {json.dumps(default)} under "
+        f"[tool.flwr.app.config.{section}] in pyproject.toml."
+    )
 
 
 def _explain(error: ErrorDetails) -> str:
     key = ".".join(str(part) for part in error["loc"])
-    return f"Expected {key} otherwise: {error['msg']}; got {error['input']!r}."
+    wish = re.sub(r"^\w+ should ", "", error["msg"])
+    return f"Expected {key} to {wish}, got {error['input']!r}; change it."
+
+
+def _contradictions(config: Config) -> list[str]:
+    """What is wrong with settings that are each right by themselves, one message each."""
+    found: list[str] = []
+    checks = [section.check for section in (config.data, config.train, config.strategy)]
+    for check in (*checks, lambda: _check_task(config), lambda: _check_payload(config),
+                  lambda: _check_baselines(config)):  # fmt: skip
+        try:
+            check()
+        except ConfigError as error:
+            found.append(str(error))
+    return found
 
 
 def _check_pairs(config: Config) -> None:

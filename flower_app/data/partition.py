@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import warnings
+from typing import TYPE_CHECKING
 
 import numpy as np
 from datasets import Dataset
-from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner, SizePartitioner
-from flwr_datasets.partitioner.partitioner import Partitioner
 
 from flower_app.data.config import DataConfig
 from flower_app.data.source import DataError, check_columns
+
+if TYPE_CHECKING:
+    from flwr_datasets.partitioner.partitioner import Partitioner
 
 ROW = "row"
 """Column in which a partitioner's part says which rows it holds."""
@@ -34,6 +36,9 @@ def partition(rows: Dataset, config: DataConfig, num_sites: int, seed: int) -> d
         )
     if config.partition == "natural":
         return _natural(rows, config.partition_column, num_sites)
+    # Its plotting imports cost more than a second, which a deployed site pays with every message.
+    from flwr_datasets.partitioner import IidPartitioner, SizePartitioner
+
     order = np.random.default_rng(seed).permutation(len(rows))
     columns: dict[str, list[object]] = {ROW: order.tolist()}
     if config.partition == "dirichlet":
@@ -89,6 +94,8 @@ def _natural(rows: Dataset, column: str, num_sites: int) -> dict[str, list[int]]
 def _dirichlet(
     shuffled: Dataset, alpha: float, names: tuple[str, ...], seed: int
 ) -> dict[str, list[int]]:
+    from flwr_datasets.partitioner import DirichletPartitioner
+
     # An uneven draw is wanted, an unusable one not: each site gets a quarter of an even share, or
     # ten rows if that is less; the partitioner draws again, up to ten times.
     least = max(1, min(10, len(shuffled) // (4 * len(names))))
