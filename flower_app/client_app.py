@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from functools import wraps
 from importlib.metadata import version
-from logging import INFO
+from logging import ERROR, INFO
 
 import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
@@ -20,12 +20,13 @@ from flower_app.node import NodeConfig, parse_node
 from flower_app.recorder import score_fields
 from flower_app.worker import Worker, pad_token, steps_per_round, train_round, worker_name
 from models.batches import BatchError
+from models.evaluate import Score
 from models.layout import LayoutError
 from models.section import ConfigError
 from models.text import EncodingError
 from models.train import TrainingError
 from models.wire import WireError
-from strategies.flower import Scalar, decode_all, to_record
+from strategies.flower import Scalar, arrays_of, config_of, decode_all, to_record
 
 app = ClientApp()
 
@@ -47,16 +48,30 @@ def answering(name: str) -> Callable[[Handler], Callable[[Message, Context], Mes
     def decorate(handler: Handler) -> Callable[[Message, Context], Message]:
         @wraps(handler)
         def answer(message: Message, context: Context) -> Message:
+            node = None
             try:
                 config, node = parse(context.run_config), parse_node(context.node_config)
                 content = handler(message, config, node)
             except _EXPLAINED as error:
-                content = RecordDict({name: ConfigRecord({"error": str(error)})})
+                log(ERROR, "%s", error)
+                content = RecordDict({name: ConfigRecord({"error": _told(error, node)})})
             return Message(content, reply_to=message)
 
         return answer
 
     return decorate
+
+
+def _told(error: Exception, node: NodeConfig | None) -> str:
+    """What the server learns of an error: at a deployed site no cell of a row, and no path."""
+    if node is None or node.simulated:
+        return str(error)
+    if isinstance(error, DataError | OSError):
+        return f"{type(error).__name__}: the log at the site says what is wrong with its rows."
+    text = str(error)
+    for path in (node.data_path, node.eval_path, node.model_path):
+        text = text.replace(path, "...") if path else text
+    return text
 
 
 @app.query()
@@ -90,9 +105,9 @@ def on_train(message: Message, config: Config, node: NodeConfig) -> RecordDict:
     started = time.perf_counter()
     base, payload = _WORKER.model(config, node)
     site = _WORKER.site(config, node)
-    received = decode_all(message.content.array_records["arrays"])
+    received = decode_all(arrays_of(message.content))
     payload.load(received)
-    plan = message.content.config_records["plan"]
+    plan = config_of(message.content, "plan")
     round_ = int(str(plan["round"]))
     loaded = time.perf_counter()
     before = _WORKER.score(config, site, payload, pad_token(base))
@@ -100,7 +115,9 @@ def on_train(message: Message, config: Config, node: NodeConfig) -> RecordDict:
     steps = steps_per_round(config, [site.batches])
     outcome = train_round(config, payload, site.batches, site.name, round_, steps)
     trained = time.perf_counter()
-    after = _WORKER.score(config, site, payload, pad_token(base))
+    after = Score()
+    if config.train.score_after:
+        after = _WORKER.score(config, site, payload, pad_token(base))
     delta = {name: new - received[name] for name, new in payload.select().items()}
     report: dict[str, Scalar] = {
         "round": round_,
@@ -127,7 +144,7 @@ def on_evaluate(message: Message, config: Config, node: NodeConfig) -> RecordDic
     """Score the received payload on the site's held-out rows."""
     base, payload = _WORKER.model(config, node)
     site = _WORKER.site(config, node)
-    payload.load(decode_all(message.content.array_records["arrays"]))
+    payload.load(decode_all(arrays_of(message.content)))
     score = _WORKER.score(config, site, payload, pad_token(base))
     return RecordDict({"report": ConfigRecord({**score_fields("before", score)})})
 
@@ -138,8 +155,8 @@ def on_baseline(message: Message, config: Config, node: NodeConfig) -> RecordDic
     """Train on one site's rows alone, or on all rows pooled; score on everyone's held-out rows."""
     base, payload = _WORKER.model(config, node)
     sites = _WORKER.all_sites(config, node)
-    payload.load(decode_all(message.content.array_records["arrays"]))
-    name = str(message.content.config_records["plan"]["site"])
+    payload.load(decode_all(arrays_of(message.content)))
+    name = str(config_of(message.content, "plan")["site"])
     alone = next((site for site in sites if site.name == name), None)
     batches = alone.batches if alone else _WORKER.pooled(config, node)
     steps = steps_per_round(config, [site.batches for site in sites])

@@ -44,9 +44,10 @@ def num_labels(config: Config) -> int:
 
 def model_key(config: Config, path: str) -> str:
     """What decides the weights and wrappers of a resident model, as a cache key."""
-    parts = (config.model, config.payload)
-    labels = (config.data.labels, config.data.source if not config.data.labels else "")
-    return "\n".join([*(p.model_dump_json() for p in parts), config.train.packing, str(config.run.seed), path, *labels])
+    parts = [config.model.model_dump_json(), config.payload.model_dump_json()]
+    if config.model.task == "classification":  # whose classes may be counted in the data
+        parts.append(config.data.model_dump_json())
+    return "\n".join([*parts, config.train.packing, str(config.run.seed), path])
 
 
 def load_base(config: Config, path: str = "") -> Base:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+import json
+import re
+from collections.abc import Iterator, Mapping
+
 from pydantic import Field, ValidationError
 from pydantic_core import ErrorDetails
 
@@ -44,7 +48,9 @@ class RunConfig(Section):
         description="Also train each site alone and all data pooled, for comparison; "
         "simulation only.",
     )
-    tensorboard: bool = Field(False, description="Write TensorBoard event files into the run folder.")
+    tensorboard: bool = Field(
+        False, description="Write TensorBoard event files into the run folder."
+    )
 
 
 class Config(Section):
@@ -144,48 +150,45 @@ def _explain(error: ErrorDetails) -> str:
 def _contradictions(config: Config) -> list[str]:
     """What is wrong with settings that are each right by themselves, one message each."""
     found: list[str] = []
-    checks = [section.check for section in (config.data, config.train, config.strategy)]
-    for check in (*checks, lambda: _check_task(config), lambda: _check_payload(config),
-                  lambda: _check_baselines(config)):  # fmt: skip
+    for section in (config.data, config.train, config.strategy):
         try:
-            check()
+            section.check()
         except ConfigError as error:
             found.append(str(error))
-    return found
+    return found + list(_wrong_pairs(config))
 
 
-def _check_pairs(config: Config) -> None:
-    for section in (config.data, config.train, config.strategy):
-        section.check()
+def _wrong_pairs(config: Config) -> Iterator[str]:
+    """What is wrong between sections."""
     classification = config.model.task == "classification"
     if classification != (config.data.format == "classification"):
-        raise ConfigError(
+        yield (
             f"Expected model.task and data.format to agree, got task={config.model.task!r} with "
             f"format={config.data.format!r}; 'classification' goes with 'classification', "
             "'causal-lm' with 'text', 'instruct' or 'choice'."
         )
     if config.model.from_scratch and config.payload.kind != "full":
-        raise ConfigError(
+        yield (
             "Expected payload.kind='full' with model.from-scratch, got "
             f"{config.payload.kind!r}; random weights must travel whole to be trained."
         )
     if config.model.quantization != "none" and config.payload.kind == "full":
-        raise ConfigError(
+        yield (
             "Expected model.quantization='none' with payload.kind='full', got "
             f"{config.model.quantization!r}; quantised weights cannot be trained."
         )
     if config.payload.init == "text" and not config.payload.init_text:
-        raise ConfigError(
+        yield (
             "Expected payload.init-text with payload.init='text', got nothing; write the hard "
             "prompt to start from, or pick 'vocabulary'."
         )
     if config.train.packing == "on" and classification:
-        raise ConfigError(
+        yield (
             "Expected train.packing='off' or 'auto' with model.task='classification', got 'on'; a "
             "class label belongs to one document."
         )
     if config.run.baselines and config.data.partition == "own":
-        raise ConfigError(
+        yield (
             "Expected run.baselines=false with data.partition='own', got true; pooling needs the "
             "sites' rows in one place, which only a simulation has."
         )

@@ -13,9 +13,11 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
-from flower_app.config import parse
+from flower_app.config import defaults, parse
 from models import base
+from models.payload import virtual_tokens
 from models.section import ConfigError
+from models.text import Frame
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,33 +46,71 @@ def generate(options: argparse.Namespace) -> None:
             f"Expected a finished run with config.toml and adapter/, got {str(folder)!r}; name one "
             "with --run, such as runs/latest."
         )
-    nested = tomllib.loads((folder / "config.toml").read_text())
-    config = parse({f"{s}.{key}": value for s, keys in nested.items() for key, value in keys.items()})
-    if config.model.task != "causal-lm":
-        raise ConfigError("Expected a run of a causal-lm, got a classification, which has no text.")
-    model_folder = base.find_folder(config.model.name)
-    base.quiet()
-    whole = config.payload.kind == "full" and not options.base
-    tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        folder / "adapter" if whole else model_folder, dtype=getattr(torch, config.model.dtype)
-    )
-    if not whole and not options.base:
-        model = PeftModel.from_pretrained(model, folder / "adapter")
-    model.to(base.device()).eval()
-    inputs = tokenizer(options.prompt, return_tensors="pt").to(base.device())
+    try:
+        model, tokenizer = _read(folder, options.base)
+    except (ConfigError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # A damaged file makes the libraries raise whatever they meet.
+        raise ConfigError(
+            f"Expected a run that can be read in {str(folder)!r}, got {type(error).__name__}: "
+            f"{error}; name another with --run, or run it again."
+        ) from error
+    ids = _prompt(tokenizer, options.prompt)
     sampling = {"do_sample": options.temperature > 0}
     if sampling["do_sample"]:
         sampling["temperature"] = options.temperature
     with base.seeded(options.seed):
         model.generate(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            max_new_tokens=options.max_new_tokens,
+            input_ids=ids.to(base.device()),
+            attention_mask=torch.ones_like(ids).to(base.device()),
+            max_new_tokens=_room(model, ids, options.max_new_tokens),
             pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
             streamer=TextStreamer(tokenizer, skip_special_tokens=True),
             **sampling,
         )
+
+
+def _read(folder: Path, plain: bool) -> tuple[Any, Any]:
+    """Model and tokenizer of a run; `plain` leaves out what the run has trained."""
+    nested = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
+    stored = {f"{s}.{key}": value for s, keys in nested.items() for key, value in keys.items()}
+    config = parse(defaults() | stored)  # a run of an older version may lack a newer key
+    if config.model.task != "causal-lm":
+        raise ConfigError("Expected a run of a causal-lm, got a classification, which has no text.")
+    model_folder = base.find_folder(config.model.name)
+    base.quiet()
+    whole = config.payload.kind == "full" and not plain
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        folder / "adapter" if whole else model_folder, dtype=getattr(torch, config.model.dtype)
+    )
+    if not whole and not plain:
+        model = PeftModel.from_pretrained(model, folder / "adapter")
+    return model.to(base.device()).eval(), tokenizer
+
+
+def _prompt(tokenizer: Any, text: str) -> torch.Tensor:
+    """Token ids of a prompt, shape (1, tokens), begun as texts are in training."""
+    head = Frame.of(tokenizer, bos=True, eos=False).head
+    ids = [*head, *tokenizer(text, add_special_tokens=False)["input_ids"]]
+    if not ids:
+        raise ConfigError("Expected a --prompt with text in it, got none; write some words.")
+    return torch.tensor([ids])
+
+
+def _room(model: Any, ids: torch.Tensor, wanted: int) -> int:
+    """How many tokens to write: as many as asked for, or as the model's context leaves room for."""
+    if wanted < 1:
+        raise ConfigError(f"Expected --max-new-tokens of at least 1, got {wanted}; raise it.")
+    limit = base.context(model)
+    virtual = virtual_tokens(model)
+    room = wanted if limit is None else min(wanted, limit - virtual - ids.shape[1])
+    if room < 1:
+        raise ConfigError(
+            f"Expected a --prompt shorter than the model's context of {limit} tokens, got "
+            f"{ids.shape[1]} and {virtual} virtual ones; shorten it."
+        )
+    return room
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -61,10 +62,13 @@ def process(
         stop(child)
 
 
+def stop_on_terminate() -> None:
+    """Let SIGTERM end this program as Ctrl-C does, so that what it started is stopped too."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+
+
 def stop(child: subprocess.Popen[bytes]) -> None:
     """End a child process and its process group, gently first."""
-    import signal
-
     for number, patience in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 10.0)):
         try:
             os.killpg(child.pid, number)

@@ -39,4 +39,9 @@ def parse_node(values: Mapping[str, bool | int | float | str | bytes]) -> NodeCo
             f"site={node.site!r} and data-path={node.data_path!r}; start the SuperNode with "
             "--node-config 'site=\"name\" data-path=\"/where/the/rows/are.jsonl\"'."
         )
+    if node.simulated and node.partition_id >= node.num_partitions:
+        raise ConfigError(
+            "Expected 'partition-id' below 'num-partitions' in this node's config, got "
+            f"{node.partition_id} of {node.num_partitions}; count partitions from 0."
+        )
     return node

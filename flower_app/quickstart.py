@@ -6,11 +6,12 @@ import argparse
 import subprocess
 import sys
 import tempfile
+import time
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 
-from flower_app.local import environment, flwr_run, superlink
+from flower_app.local import environment, flwr_run, stop_on_terminate, superlink
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -21,6 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--sites", type=int, default=4, help="simulated sites (default: 4)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="run-config overrides")
     options = parser.parse_args(arguments)
+    stop_on_terminate()
     runs = ROOT / "runs"
     config: dict[str, bool | int | float | str] = {
         "run.name": "quickstart",
@@ -28,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "run.baselines": True,
     }
     config |= dict(_override(text) for text in options.overrides)
-    before = (runs / "latest").resolve()
+    started = time.time()
     with tempfile.TemporaryDirectory(prefix="florilegium-") as folder:
         home = Path(folder)
         with superlink(home, simulation=True):
@@ -36,11 +38,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             command = flwr_run(home, ROOT, config, federation=federation)
             status = subprocess.run(command, env=environment(home), cwd=ROOT, check=False)
     folder_of_run = (Path(str(config["run.output-dir"])) / "latest").resolve()
-    if folder_of_run == before or not (folder_of_run / "summary.json").is_file():
+    summary = folder_of_run / "summary.json"
+    # By its time, since a resumed run goes on in the folder that it had.
+    if not summary.is_file() or summary.stat().st_mtime < started:
         print("The run did not finish; its messages above say why.", file=sys.stderr)
         return status.returncode or 1
     print(f"\nOpen {folder_of_run / 'report.html'} in a browser.")
-    print('Try: ./scripts/generate --run runs/latest --prompt "Return a list of"')
+    print(f'Try: ./scripts/generate --run {folder_of_run} --prompt "Return a list of"')
     return status.returncode
 
 

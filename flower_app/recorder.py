@@ -18,6 +18,7 @@ from strategies.flower import RoundOutcome, Scalar, SiteOutcome
 
 _NUMBERS = ("train_loss", "load_s", "train_s", "eval_s")
 _COUNTS = ("examples", "steps", "tokens", "useful_tokens", "base_reads")
+_LARGEST = 1e15  # no honest sum of losses, count or time of a round comes near it
 
 
 def score_fields(prefix: str, score: Score) -> dict[str, float | int]:
@@ -31,11 +32,15 @@ def score_fields(prefix: str, score: Score) -> dict[str, float | int]:
 
 
 def read_score(prefix: str, report: Mapping[str, Scalar]) -> Score:
-    """The score in a report; an empty one where it is absent or not made of finite numbers."""
-    values = [report.get(f"{prefix}-{name}") for name in ("loss-sum", "counted", "correct", "rows")]
-    if not all(isinstance(v, (int, float)) and math.isfinite(v) for v in values):
+    """The score in a report; an empty one where it is absent or cannot be true.
+
+    A site's figures are not trusted: one that is negative or not finite would spoil the mean.
+    """
+    names = ("loss-sum", "counted", "correct", "rows")
+    values = [_number(report.get(f"{prefix}-{name}")) for name in names]
+    loss_sum, counted, correct, rows = values
+    if not all(value >= 0 for value in values) or correct > rows:
         return Score()
-    loss_sum, counted, correct, rows = (float(v) for v in values if v is not None)
     return Score(loss_sum, int(counted), int(correct), int(rows))
 
 
@@ -47,9 +52,7 @@ class Recorder:
         self._folder = folder
         self._facts = facts
         self._metric = metric(config)
-        self._evaluated = {
-            row["round"] for row in folder.rows() if row["kind"] == "evaluation"
-        }
+        self._evaluated = {row["round"] for row in folder.rows() if row["kind"] == "evaluation"}
         self._events = _tensorboard(folder) if config.run.tensorboard else None
 
     def round_finished(self, outcome: RoundOutcome) -> None:
@@ -72,7 +75,7 @@ class Recorder:
             "Round %d of %d: training loss %.4f, %d of %d sites, %s up, %s down, %.1f s",
             outcome.round,
             self._config.run.rounds,
-            _mean(site.report.get("train_loss") for site in good),
+            _mean(_number(site.report.get("train_loss")) for site in good),
             len(good),
             len(outcome.sites),
             human_bytes(row["bytes_up"]),
@@ -124,7 +127,7 @@ class Recorder:
         }
         for name in (*_NUMBERS, *_COUNTS):
             value = site.report.get(name)
-            if isinstance(value, (int, float)) and math.isfinite(value):
+            if math.isfinite(_number(value)):
                 row[name] = value
         row["worker"] = str(site.report.get("worker", ""))
         for when in ("before", "after"):
@@ -136,9 +139,8 @@ class Recorder:
         busy: dict[str, float] = defaultdict(float)
         for site in good:
             report = site.report
-            busy[str(report.get("worker"))] += sum(
-                float(report.get(name, 0)) for name in ("load_s", "train_s", "eval_s")
-            )
+            spent = (_number(report.get(name)) for name in ("load_s", "train_s", "eval_s"))
+            busy[str(report.get("worker"))] += sum(s for s in spent if s >= 0)
         train_s = min(max(busy.values(), default=0.0), outcome.wall_s - outcome.aggregate_s)
         train = self._config.train
         return {
@@ -221,12 +223,19 @@ def _average(rows: Sequence[Mapping[str, Any]], names: Iterable[str]) -> dict[st
     return {name: value if math.isfinite(value) else None for name, value in means.items()}
 
 
+def _number(value: object) -> float:
+    """A site's figure, NaN where it is none; `bool` is an int to Python, but not a figure."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return math.nan
+    return float(value) if abs(value) < _LARGEST else math.nan
+
+
 def _per_round(rounds: Sequence[Mapping[str, Any]], name: str) -> int:
     return round(sum(row[name] for row in rounds) / len(rounds)) if rounds else 0
 
 
 def _mean(values: Iterable[Any]) -> float:
-    numbers = [float(v) for v in values if isinstance(v, (int, float))]
+    numbers = [float(v) for v in values if isinstance(v, (int, float)) and math.isfinite(v)]
     return sum(numbers) / len(numbers) if numbers else math.nan
 
 

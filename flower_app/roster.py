@@ -10,9 +10,12 @@ from logging import INFO, WARNING
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp import Grid
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from models.section import ConfigError
-from strategies.flower import collect
+from strategies.flower import gather
+
+_LONGEST = 2000  # characters of a text that a site sends
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,19 @@ class Member:
     versions: str
 
 
+class _Answer(BaseModel):
+    """What a site says of itself, not trusted: types are checked and nothing is converted."""
+
+    model_config = ConfigDict(strict=True)
+
+    site: str = Field(min_length=1, max_length=200, pattern=r"\S")
+    rows: int = Field(ge=1)
+    held_out: int = Field(ge=0)
+    simulated: bool
+    partitions: int = Field(ge=0)
+    versions: str = Field(max_length=_LONGEST)
+
+
 class Roster:
     """Knows the sites by name; asks nodes that it has not seen yet who they are."""
 
@@ -35,28 +51,56 @@ class Roster:
         self._base_digest = base_digest
         self._timeout = timeout
         self._known: dict[int, Member | str] = {}  # a member, or why the node is none
+        self._late: dict[str, int] = {}  # questions without an answer yet, and whom they went to
+        self._warned: set[tuple[int, str]] = set()
 
     def refresh(self, grid: Grid) -> dict[str, Member]:
-        """Members that are connected now, by name; new nodes are asked first."""
+        """Members that are connected now, by name; new nodes are asked first.
+
+        A node that does not answer in time holds nothing up later on: its answer counts once it
+        comes. Of two nodes with one name the one that has been here longer stays.
+        """
         connected = set(grid.get_node_ids())
-        new = sorted(connected - set(self._known))
-        question = RecordDict({"question": ConfigRecord({"base": self._base_digest})})
-        messages = [Message(question, node, MessageType.QUERY, group_id="roll-call") for node in new]
-        for reply in collect(grid, messages, self._timeout) if messages else ():
-            node = reply.metadata.src_node_id
-            self._known[node] = self._judge(reply)
-            if isinstance(self._known[node], str):
-                log(WARNING, "A node takes no part: %s", self._known[node])
+        # A site that comes back may have been mended, so that it is asked again.
+        self._known = {node: known for node, known in self._known.items() if node in connected}
+        self._late = {question: node for question, node in self._late.items() if node in connected}
+        for reply in sorted(self._answers(grid, connected), key=_source):
+            self._known.setdefault(_source(reply), self._judge(reply))
         members: dict[str, Member] = {}
-        for node in sorted(connected & set(self._known)):
-            member = self._known[node]
-            if isinstance(member, str):
-                continue
-            if member.site in members:
-                log(WARNING, "Two nodes call themselves %r; the second takes no part.", member.site)
-                continue
-            members[member.site] = member
+        for node, known in self._known.items():
+            if isinstance(known, str):
+                self._warn(node, f"A node takes no part: {known}")
+            elif known.site in members:
+                self._warn(
+                    node, f"Two nodes call themselves {known.site!r}; the second takes no part."
+                )
+            else:
+                members[known.site] = known
         return dict(sorted(members.items()))
+
+    def _answers(self, grid: Grid, connected: set[int]) -> list[Message]:
+        question = RecordDict({"question": ConfigRecord({"base": self._base_digest})})
+        new = sorted(connected - set(self._known) - set(self._late.values()))
+        messages = [
+            Message(question, node, MessageType.QUERY, group_id="roll-call") for node in new
+        ]
+        replies = list(gather(grid, self._late, timeout=0)) if self._late else []
+        if messages:
+            sent = set(grid.push_messages(messages))  # one that could not be sent is asked again
+            ids = {
+                message.metadata.message_id: message.metadata.dst_node_id for message in messages
+            }
+            asked = {question: node for question, node in ids.items() if question in sent}
+            replies += gather(grid, asked, self._timeout)
+            self._late |= asked
+        for reply in replies:
+            self._late.pop(reply.metadata.reply_to_message_id, None)
+        return [reply for reply in replies if _source(reply) in connected]
+
+    def _warn(self, node: int, text: str) -> None:
+        if (node, text) not in self._warned:
+            self._warned.add((node, text))
+            log(WARNING, "%s", text)
 
     def present(self, grid: Grid) -> Mapping[str, int]:
         """Node ids of the connected sites, by name."""
@@ -73,11 +117,13 @@ class Roster:
         while True:
             members = self.refresh(grid)
             refused = [reason for reason in self._known.values() if isinstance(reason, str)]
-            expected = max((m.partitions for m in members.values()), default=0) or min_sites
-            if len(members) + len(refused) >= expected and len(members) >= min_sites:
+            expected = max((m.partitions for m in members.values() if m.simulated), default=0)
+            enough = len(members) >= min_sites
+            all_here = len(members) + len(refused) >= (expected or min_sites)
+            late = time.monotonic() > deadline
+            if enough and (all_here or late):
                 return members
-            simulated = any(m.simulated for m in members.values())
-            if time.monotonic() > deadline or (simulated and len(members) + len(refused) >= expected):
+            if late or (expected and all_here):
                 raise ConfigError(
                     f"Expected at least {min_sites} sites (strategy.min-sites), got "
                     f"{len(members)}" + (f": {'; '.join(refused)}" if refused else "") + ". Start "
@@ -85,32 +131,36 @@ class Roster:
                 )
             if len(members) != shown:
                 shown = len(members)
-                log(INFO, "Waiting for sites: %d of %d are here.", shown, expected)
-            time.sleep(0.3)
+                log(INFO, "Waiting for sites: %d of %d are here.", shown, expected or min_sites)
+            time.sleep(min(0.3, max(deadline - time.monotonic(), 0.01)))
 
     def _judge(self, reply: Message) -> Member | str:
         if reply.has_error():
-            return f"it answered the roll call with an error: {reply.error.reason}"
+            return f"it answered the roll call with an error: {reply.error.reason}"[:_LONGEST]
         record = reply.content.config_records.get("member", ConfigRecord())
-        values = {key: record[key] for key in record}
-        if error := values.get("error"):
-            return str(error)
+        values = {key.replace("-", "_"): record[key] for key in record}
+        if reason := values.get("error"):
+            return str(reason)[:_LONGEST]
+        base = values.pop("base", None)
         try:
-            member = Member(
-                site=str(values["site"]),
-                node_id=reply.metadata.src_node_id,
-                rows=int(str(values["rows"])),
-                held_out=int(str(values["held-out"])),
-                simulated=bool(values["simulated"]),
-                partitions=int(str(values["partitions"])),
-                versions=str(values["versions"]),
-            )
-        except (KeyError, ValueError) as error:
-            return f"its answer to the roll call is malformed: {error!r}"
-        if values.get("base") != self._base_digest:
+            answer = _Answer.model_validate(values)
+        except ValidationError as error:
+            wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
             return (
-                f"Expected site {member.site!r} to hold the server's base model "
-                f"{self._base_digest[:12]}, got {str(values.get('base'))[:12]}; give it the same "
+                f"Expected an answer to the roll call with {', '.join(_Answer.model_fields)}, but "
+                f"{wrong}; give that site the same version of the app."
+            )
+        if base != self._base_digest:
+            return (
+                f"Expected site {answer.site!r} to hold the server's base model "
+                f"{self._base_digest[:12]}, got {str(base)[:12]}; give it the same "
                 "files as model-path."
             )
-        return member
+        return Member(
+            answer.site, _source(reply), answer.rows, answer.held_out, answer.simulated,
+            answer.partitions, answer.versions,
+        )  # fmt: skip
+
+
+def _source(message: Message) -> int:
+    return int(message.metadata.src_node_id)

@@ -1,8 +1,9 @@
-"""The folder of a run: config, metrics, checkpoints; written so that a crash loses no finished round."""
+"""The folder of a run: config, metrics, checkpoints; a crash loses no finished round."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import tomllib
@@ -14,15 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from flower_app.config import Config
+from flower_app.config import Config, defaults
 from models.section import ConfigError
 
-# Keys that may change between a run and its continuation: none of them decides the bytes of a round.
+# Keys that may change between a run and its continuation: none of them decides the bytes of a round
+# (run.rounds does under a schedule, which stretches over all of them).
 _FREE = ("resume", "rounds", "deadline-s", "roll-call-s", "quorum", "name", "output-dir",
          "baselines", "tensorboard")  # fmt: skip
+_SAFE = "The rounds before it are safe: free some space and run again with run.resume='latest'."
 _FREE_KEYS = frozenset(f"run.{key}" for key in _FREE)
 
 
@@ -56,25 +60,24 @@ class RunFolder:
         stem = f"{datetime.now():%Y%m%d-%H%M%S}-{config.run.name}"
         try:
             base.mkdir(parents=True, exist_ok=True)
-            path = _first_free(base, stem)
+            folder = cls(_first_free(base, stem))
+            folder._checkpoints.mkdir()
+            folder.metrics.touch()
+            folder._write_config(config)
+            _point(base / "latest", folder.path)
         except OSError as error:
             raise ConfigError(
                 f"Expected run.output-dir to be a folder that can be written, got {str(base)!r} "
-                f"({error.strerror}); name another one."
+                f"({error}); name another one, or free some space."
             ) from error
-        folder = cls(path)
-        folder._checkpoints.mkdir()
-        folder.metrics.touch()
-        with replacing(path / "config.toml") as temporary:
-            temporary.write_text(tomli_w.dumps(config.model_dump(by_alias=True)))
-        _point(base / "latest", path)
         return folder
 
     @classmethod
     def resume(cls, config: Config) -> tuple[RunFolder, Checkpoint | None]:
         """Open the run folder that `run.resume` names, at its last finished round if there is one.
 
-        Raises ConfigError when there is no such run or its configuration was another one.
+        Raises ConfigError when there is no such run or its configuration was another one, and
+        CheckpointError when its checkpoint cannot be read.
         """
         named = Path(config.run.resume).expanduser()
         if config.run.resume == "latest":
@@ -85,18 +88,32 @@ class RunFolder:
                 f"Expected run.resume to name a run folder, got {str(named)!r} without a "
                 "config.toml; leave it empty to start anew."
             )
-        _compare(config, tomllib.loads((path / "config.toml").read_text()))
+        _compare(config, tomllib.loads((path / "config.toml").read_text(encoding="utf-8")))
         folder = cls(path)
-        return folder, folder._last()
+        checkpoint = folder._last()
+        folder._write_config(config)
+        return folder, checkpoint
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """Append one row to metrics.jsonl."""
-        with self.metrics.open("a") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        """Append one row to metrics.jsonl, null for what is not finite, which JSON cannot say.
+
+        Raises CheckpointError, for instance on a full disk.
+        """
+        line = json.dumps(_without_nan(row), ensure_ascii=False) + "\n"
+        try:
+            # A lone surrogate, which has no UTF-8, stays as the escape that it came from.
+            with self.metrics.open("ab") as file:
+                file.write(line.encode("utf-8", "backslashreplace"))
+        except OSError as error:
+            raise CheckpointError(
+                f"Expected to write to {str(self.metrics)!r}, but: {error}. {_SAFE}"
+            ) from error
 
     def rows(self) -> list[dict[str, Any]]:
         """All rows of metrics.jsonl."""
-        return [json.loads(line) for line in self.metrics.read_text().split("\n") if line]
+        # Not splitlines(), which also splits at the U+2028 that JSON allows within a string.
+        lines = self.metrics.read_bytes().split(b"\n")
+        return [json.loads(line) for line in lines if line]
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Make `checkpoint` the one to resume from; on failure the one before stays.
@@ -106,40 +123,58 @@ class RunFolder:
         name = f"round-{checkpoint.round:05d}.safetensors"
         tensors = {f"payload/{key}": value for key, value in checkpoint.payload.items()}
         tensors |= {f"state/{key}": value for key, value in checkpoint.state.items()}
-        pointer = {
-            "round": checkpoint.round,
-            "file": name,
-            "metrics_bytes": self.metrics.stat().st_size,
-            "facts": checkpoint.facts,
-        }
         try:
+            _sync(self.metrics)
+            pointer = {
+                "round": checkpoint.round,
+                "file": name,
+                "metrics_bytes": self.metrics.stat().st_size,
+                "facts": checkpoint.facts,
+            }
             with replacing(self._checkpoints / name) as temporary:
                 save_file({k: v.contiguous() for k, v in tensors.items()}, temporary)
             with replacing(self._checkpoints / "checkpoint.json") as temporary:
-                temporary.write_text(json.dumps(pointer, indent=1))
+                temporary.write_text(json.dumps(pointer, indent=1), encoding="utf-8")
         except Exception as error:  # safetensors reports a full disk as an error of its own
             raise CheckpointError(
                 f"Expected to write the checkpoint of round {checkpoint.round} to "
-                f"{str(self._checkpoints)!r}, but: {error}. The rounds before it are safe: free "
-                "some space and run again with run.resume='latest'."
+                f"{str(self._checkpoints)!r}, but: {error}. {_SAFE}"
             ) from error
         for old in self._checkpoints.glob("round-*.safetensors"):
             if old.name != name:
                 old.unlink(missing_ok=True)
 
+    def _write_config(self, config: Config) -> None:
+        with replacing(self.path / "config.toml") as temporary:
+            temporary.write_text(tomli_w.dumps(config.model_dump(by_alias=True)), encoding="utf-8")
+
     def _last(self) -> Checkpoint | None:
         try:
-            pointer = json.loads((self._checkpoints / "checkpoint.json").read_text())
+            pointer = json.loads((self._checkpoints / "checkpoint.json").read_bytes())
         except FileNotFoundError:
-            os.truncate(self.metrics, 0)
+            self.metrics.write_bytes(b"")
             return None
-        tensors = load_file(self._checkpoints / pointer["file"])
+        except ValueError as error:
+            raise self._unreadable(error) from error
+        try:
+            tensors = load_file(self._checkpoints / pointer["file"])
+            if self.metrics.stat().st_size < pointer["metrics_bytes"]:
+                raise ValueError("metrics.jsonl is shorter than it was")
+            checkpoint = Checkpoint(
+                pointer["round"], _under("payload/", tensors), _under("state/", tensors),
+                pointer["facts"],
+            )  # fmt: skip
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise self._unreadable(error) from error
         # Rows of a round that was cut short are written again when it is repeated.
         os.truncate(self.metrics, pointer["metrics_bytes"])
-        return Checkpoint(
-            pointer["round"], _under("payload/", tensors), _under("state/", tensors),
-            pointer["facts"],
-        )  # fmt: skip
+        return checkpoint
+
+    def _unreadable(self, error: Exception) -> CheckpointError:
+        return CheckpointError(
+            f"Expected a whole checkpoint in {str(self._checkpoints)!r}, but: {error!r}; bring the "
+            "folder back from a copy, or leave run.resume empty to start anew."
+        )
 
 
 @contextmanager
@@ -196,12 +231,20 @@ def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nan(entry) for key, entry in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _compare(config: Config, before: Mapping[str, Mapping[str, Any]]) -> None:
     stored = {f"{s}.{key}": value for s, keys in before.items() for key, value in keys.items()}
+    stored = defaults() | stored  # a run of an older version may lack a newer key
+    free = _FREE_KEYS if config.train.schedule == "constant" else _FREE_KEYS - {"run.rounds"}
     changed = [
         f"{key} was {stored.get(key)!r} and is {value!r}"
         for key, value in config.flat().items()
-        if key not in _FREE_KEYS and stored.get(key) != value
+        if key not in free and stored.get(key) != value
     ]
     if changed:
         raise ConfigError(

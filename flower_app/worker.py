@@ -16,15 +16,15 @@ from flwr.common.logger import log
 from flower_app import compose
 from flower_app.config import Config
 from flower_app.data.site import Simulation, SiteRows, load_site
+from flower_app.data.source import DataError
 from flower_app.node import NodeConfig
-from models import attention
-from models.base import Base, BaseCache
+from models.base import PATHLIKE, Base, BaseCache, context
 from models.batches import Batch, Batches, eval_batches
 from models.evaluate import Score, evaluate, rank
 from models.payload import Payload
 from models.section import ConfigError
 from models.seeds import derive
-from models.text import Encoded, Ranked, Record, encode
+from models.text import Encoded, Labelled, Ranked, Record, encode
 from models.train import Trained, train
 
 
@@ -57,7 +57,14 @@ class Worker:
         """The base model with its payload attached, read and built on first use only."""
         if config.train.threads:
             torch.set_num_threads(config.train.threads)
+        if not node.simulated and not node.model_path and config.model.name.startswith(PATHLIKE):
+            raise ConfigError(
+                "Expected 'model-path' in this node's config, since the server's model is a folder "
+                "of its own; start the SuperNode with model-path=\"/where/the/model/is\"."
+            )
         key = compose.model_key(config, node.model_path)
+        if self._payload and self._payload[0] != key:
+            self._payload = None  # it holds the old base model, which is freed before the new one
         base = self.bases.get(key, lambda: compose.load_base(config, node.model_path))
         if self._payload is None or self._payload[0] != key:
             self._packs = compose.packs(config, base)
@@ -75,10 +82,11 @@ class Worker:
 
     def pooled(self, config: Config, node: NodeConfig) -> Batches:
         """Training batches over the rows of every site of a simulation together."""
-        base, _ = self.model(config, node)
+        base, payload = self.model(config, node)
         names = self.names(config, node)
         rows = [row for name in names for row in self._load(config, node, name).train]
-        return self._batches(config, base, self._encode(config, base, rows), "all sites")
+        encoded = self._encode(config, base, payload, rows)
+        return self._batches(config, base, encoded, "all sites")
 
     def names(self, config: Config, node: NodeConfig) -> list[str]:
         """Names of the simulated sites, by partition; raises ConfigError at a deployed site."""
@@ -97,9 +105,9 @@ class Worker:
     def _open(self, config: Config, node: NodeConfig, name: str) -> Site:
         rows = self._load(config, node, name)
         if name not in self._sites:
-            base, _ = self.model(config, node)
-            train = self._encode(config, base, rows.train)
-            held_out = self._encode(config, base, rows.held_out)
+            base, payload = self.model(config, node)
+            train = self._encode(config, base, payload, rows.train)
+            held_out = self._encode(config, base, payload, rows.held_out)
             pad_id = pad_token(base)
             self._sites[name] = Site(
                 name,
@@ -147,13 +155,18 @@ class Worker:
             self._rows.clear()
             self._sites.clear()
 
-    def _encode(self, config: Config, base: Base, rows: Sequence[Record]) -> Encoded:
-        limit = getattr(base.model.config.get_text_config(), "max_position_embeddings", None)
-        if limit and config.train.max_length > limit:
+    def _encode(
+        self, config: Config, base: Base, payload: Payload, rows: Sequence[Record]
+    ) -> Encoded:
+        limit, virtual = context(base.model), payload.virtual_tokens
+        if limit and config.train.max_length + virtual > limit:
+            beside = f" beside {virtual} virtual tokens" if virtual else ""
             raise ConfigError(
-                f"Expected train.max-length of at most {limit}, the model's context, got "
-                f"{config.train.max_length}; lower it."
+                f"Expected train.max-length of at most {limit - virtual}, the model's context of "
+                f"{limit}{beside}, got {config.train.max_length}; lower it."
             )
+        if config.model.task == "classification":
+            _require_classes(rows, int(base.model.config.num_labels))
         return encode(rows, base.tokenizer, config.train.max_length)
 
     def _batches(self, config: Config, base: Base, encoded: Encoded, name: str) -> Batches:
@@ -164,6 +177,16 @@ class Worker:
             pad_id=pad_token(base),
             packing=self._packs,
             max_length=config.train.max_length,
+        )
+
+
+def _require_classes(rows: Sequence[Record], classes: int) -> None:
+    """Raise DataError for a class that the model has no score for."""
+    largest = max((row.label for row in rows if isinstance(row, Labelled)), default=0)
+    if largest >= classes:
+        raise DataError(
+            f"Expected classes from 0 to {classes - 1}, got {largest}; set model.num-labels to at "
+            f"least {largest + 1} at the server, or list all classes in data.labels."
         )
 
 
@@ -202,5 +225,5 @@ def pad_token(base: Base) -> int:
 
 
 def worker_name() -> str:
-    """This process, as it shows in the metrics."""
-    return f"{socket.gethostname()}:{os.getpid()}"
+    """This process in the metrics: tells workers apart without naming the host."""
+    return f"worker-{derive(os.getpid(), socket.gethostname()) % 16**6:06x}"

@@ -1,4 +1,4 @@
-"""The base model: found by name, checked, hashed, read once per process, frozen by whoever trains."""
+"""The base model: found by name, checked, hashed, and read once per process."""
 
 from __future__ import annotations
 
@@ -21,6 +21,9 @@ from models.section import ConfigError
 
 # Everything in a model folder that decides what the model computes or how text becomes tokens.
 _DECISIVE = ("config.json", "*.safetensors", "tokenizer*", "vocab*", "merges.txt", "*.model")
+
+# How a name starts that can only be a path, and so means nothing on another machine.
+PATHLIKE = (".", "/", "~")
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ def find_folder(name: str) -> Path:
     if name == "embedded":
         return embedded.ensure()
     folder = Path(name).expanduser()
-    if not folder.exists() and not name.startswith((".", "/", "~")):
+    if not folder.exists() and not name.startswith(PATHLIKE):
         folder = _from_hub(name)
     if not (folder / "config.json").is_file():
         raise ConfigError(
@@ -103,7 +106,7 @@ def _from_hub(name: str) -> Path:
 
 
 def digest_of(folder: Path, *, weights: bool = True) -> str:
-    """SHA-256 over the decisive files of a model folder, without the weights when they are drawn."""
+    """SHA-256 over the decisive files of a model folder; without weights when they are drawn."""
     files = sorted({path for pattern in _DECISIVE for path in folder.glob(pattern)})
     total = hashlib.sha256()
     for path in files:
@@ -118,16 +121,25 @@ def digest_of(folder: Path, *, weights: bool = True) -> str:
 def load(config: ModelConfig, *, path: str = "", num_labels: int = 0, seed: int = 0) -> Base:
     """Read the base model and tokenizer that `config` names, or those in `path`, onto the device.
 
-    Raises ConfigError when the folder is not a model, has no safetensors weights, or asks for a
-    quantisation that this machine cannot do. Weights that the folder lacks are drawn from `seed`.
+    Raises ConfigError when the folder is not a model, is damaged, has no safetensors weights, or
+    asks for a quantisation that this machine cannot do. Weights that the folder lacks are drawn
+    from `seed`.
     """
     folder = find_folder(path or config.name)
     quiet()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    with seeded(seed):
-        model, fresh = _read(config, folder, tokenizer.pad_token_id, num_labels)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        with seeded(seed):
+            model, fresh = _read(config, folder, tokenizer.pad_token_id, num_labels)
+    except (ConfigError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # A damaged file makes the libraries raise whatever they meet.
+        raise ConfigError(
+            f"Expected a model and tokenizer that transformers can read in {str(folder)!r}, got "
+            f"{type(error).__name__}: {error}; copy it again, or save it with save_pretrained."
+        ) from error
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
         model.enable_input_require_grads()
@@ -166,9 +178,34 @@ def _read(
     if config.quantization != "none":
         settings |= _quantised(config.quantization)
     model, info = auto.from_pretrained(
-        folder, config=shape, use_safetensors=True, output_loading_info=True, **settings
+        folder,
+        config=shape,
+        use_safetensors=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # Refused below, with both shapes in the message.
+        **settings,
     )
+    for key, found, expected in info["mismatched_keys"]:
+        raise ConfigError(
+            f"Expected {key!r} of shape {tuple(expected)} in {str(folder)!r}, as its config.json "
+            f"and the number of classes ask for, got {tuple(found)}; set model.num-labels to the "
+            "classes of its head, or name a model without one."
+        )
+    if info["missing_keys"] and not classes:
+        raise ConfigError(
+            f"Expected the weights of a whole causal-lm in {str(folder)!r}, got none for "
+            f"{min(info['missing_keys'])!r}; copy the folder again, or name a model with it."
+        )
     return model, tuple(sorted({key.rpartition(".")[0] for key in info["missing_keys"]}))
+
+
+def context(model: PreTrainedModel) -> int | None:
+    """Most positions that a model can tell apart, None where it sets no limit."""
+    limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    learnt = [m for n, m in model.named_modules() if n.endswith("position_embeddings")]
+    if limit and learnt and getattr(learnt[0], "padding_idx", None) is not None:
+        limit -= learnt[0].padding_idx + 1  # RoBERTa's positions start after the padding's.
+    return limit
 
 
 def _quantised(quantization: str) -> dict[str, Any]:

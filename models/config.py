@@ -57,8 +57,8 @@ class PayloadConfig(Section):
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the input of `lora`.")
     target_modules: str = Field(
         "",
-        description="Comma-separated module names that PEFT methods adapt; empty takes PEFT's "
-        "choice for the architecture, `all-linear` every linear layer.",
+        description="Comma-separated module names that PEFT methods adapt, `all-linear` for every "
+        "linear layer; empty is that for `lora`, and PEFT's choice for other methods.",
     )
     num_virtual_tokens: int = Field(
         16, ge=1, description="Length of a `soft-prompt`, `prefix` or `adapter` prompt, in tokens."
@@ -90,7 +90,12 @@ class TrainConfig(Section):
     optimizer: Literal["adamw", "sgd"] = Field(
         "adamw", description="Local optimiser; its state starts fresh in every round."
     )
-    learning_rate: float = Field(1e-3, gt=0, description="Learning rate of the first round.")
+    learning_rate: float = Field(
+        5e-3,
+        gt=0,
+        description="Learning rate before `schedule`. The default suits the small embedded model; "
+        "`lora` on models of billions of parameters wants about 2e-4.",
+    )
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")
     schedule: Literal["constant", "linear", "cosine"] = Field(
         "constant", description="Learning rate over rounds, from `learning-rate` towards 0."
@@ -114,6 +119,9 @@ class TrainConfig(Section):
     )
     prox_mu: float = Field(
         0.0, ge=0, description="FedProx: weight of (mu / 2) * ||w - w_global||^2."
+    )
+    score_after: bool = Field(
+        True, description="Also score the site's own update on its held-out rows, after training."
     )
     threads: int = Field(
         0, ge=0, description="CPU threads of a worker; 0 leaves the runtime's choice."

@@ -49,7 +49,7 @@ class Recipe:
     passage_chars: int = 800
     seq_length: int = 256
     batch_size: int = 4
-    steps: int = 360
+    steps: int = 320
     warmup: float = 0.05
     embedding_learning_rate: float = 6e-3
     matrix_learning_rate: float = 0.015

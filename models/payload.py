@@ -11,6 +11,7 @@ import peft
 import torch
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -18,6 +19,7 @@ from models.base import seeded
 from models.config import PayloadConfig
 from models.layout import Layout
 from models.section import ConfigError, unknown
+from models.trial import check_forward
 
 Settings = dict[str, Any]
 
@@ -36,6 +38,11 @@ class Payload:
     def device(self) -> torch.device:
         """Where the payload's tensors are."""
         return next(iter(self.parameters.values())).device
+
+    @property
+    def virtual_tokens(self) -> int:
+        """Positions of the context that stand before every text."""
+        return virtual_tokens(self.module)
 
     def select(self) -> dict[str, Tensor]:
         """Copies of the payload's tensors, float32 on the CPU, in the layout's order."""
@@ -59,6 +66,14 @@ class Payload:
             self.module.save_pretrained(folder, save_embedding_layers=False)
 
 
+def virtual_tokens(module: Any) -> int:
+    """Positions that a soft prompt or prefix takes of the context; 0 for other modules."""
+    settings = getattr(module, "active_peft_config", None)
+    if not isinstance(settings, peft.PromptLearningConfig):
+        return 0
+    return int(settings.num_virtual_tokens or 0)
+
+
 def attach(
     model: PreTrainedModel,
     config: PayloadConfig,
@@ -76,7 +91,7 @@ def attach(
     """
     if config.kind == "full":
         model.requires_grad_(True)
-        return Payload("full", model)
+        return _checked(Payload("full", model), task)
     # Values such as rank and module names only meet the architecture here, inside PEFT.
     try:
         with seeded(seed):
@@ -86,13 +101,38 @@ def attach(
                 _start_prompt(module, config, tokenizer)
     except ConfigError:
         raise
-    except (ValueError, TypeError, KeyError, NotImplementedError, AttributeError) as error:
+    except (
+        ValueError, TypeError, KeyError, NotImplementedError, AttributeError, ImportError,
+    ) as error:  # fmt: skip
         raise ConfigError(
             f"Expected payload.kind={config.kind!r} to fit a {type(model).__name__}, but it does "
-            f"not ({error}); change payload.target-modules or payload.kind."
+            f"not ({error}); change payload.target-modules, payload.options or payload.kind."
         ) from error
     _require_trained(module, fresh_modules, config.kind)
-    return Payload(config.kind, module.to(model.device))
+    _keep_heads_precise(module)
+    return _checked(Payload(config.kind, module.to(model.device)), task)
+
+
+def _checked(payload: Payload, task: str) -> Payload:
+    """Refuse a payload that would lose its small updates to rounding, or computes wrongly."""
+    for name, parameter in payload.parameters.items():
+        if parameter.dtype != torch.float32:
+            raise ConfigError(
+                f"Expected what is trained in float32, got {name!r} in {parameter.dtype} with "
+                f"payload.kind={payload.kind!r}, which would round small updates away; set "
+                "model.dtype='float32' (train.precision may stay 'bfloat16')."
+            )
+    check_forward(payload.module, payload.kind, task)
+    return payload
+
+
+def _keep_heads_precise(module: nn.Module) -> None:
+    """Keep new heads in float32 on a base model of lower precision, as PEFT does with adapters."""
+    wrappers = [m for m in module.modules() if isinstance(m, ModulesToSaveWrapper)]
+    for head in [head for wrapper in wrappers for head in wrapper.modules_to_save.values()]:
+        if any(parameter.dtype != torch.float32 for parameter in head.parameters()):
+            head.float()
+            head.register_forward_pre_hook(lambda _, inputs: tuple(x.float() for x in inputs))
 
 
 def _require_trained(module: nn.Module, names: Sequence[str], kind: str) -> None:
@@ -101,8 +141,8 @@ def _require_trained(module: nn.Module, names: Sequence[str], kind: str) -> None
         owned = [p for n, p in module.named_parameters() if f".{name}." in f".{_plain(n)}"]
         if not any(parameter.requires_grad for parameter in owned):
             raise ConfigError(
-                f"Expected payload.kind={kind!r} to train the new module {name!r} of this task, but "
-                "the method cannot carry it; pick 'lora', 'soft-prompt', 'prefix' or 'full'."
+                f"Expected payload.kind={kind!r} to train the new module {name!r} of this task, "
+                "but the method cannot carry it; pick 'lora', 'soft-prompt', 'prefix' or 'full'."
             )
 
 
@@ -141,7 +181,7 @@ def kinds() -> list[str]:
 
 
 def check_kind(config: PayloadConfig) -> Settings:
-    """Parsed `options`; raises ConfigError for an unknown kind or options that are not an object."""
+    """Parsed `options`; raises ConfigError for an unknown kind, or options that are no object."""
     if config.kind not in kinds():
         raise unknown("payload.kind", config.kind, kinds())
     try:
@@ -158,10 +198,14 @@ def check_kind(config: PayloadConfig) -> Settings:
 
 def _targets(config: PayloadConfig) -> str | list[str] | None:
     names = [name.strip() for name in config.target_modules.split(",") if name.strip()]
+    if not names and config.kind == "lora":
+        return "all-linear"  # on small models clearly better than PEFT's query and value only
     return "all-linear" if names == ["all-linear"] else names or None
 
 
 def _config_class(kind: str) -> Any:
+    if kind not in kinds():
+        raise unknown("payload.kind", kind, kinds())
     methods = {str(method.value): cls for method, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     return methods[_KINDS[kind][0] if kind in _KINDS else kind.upper().replace("-", "_")]
 
@@ -213,5 +257,10 @@ def _start_prompt(
                 "Expected a tokenizer with payload.init='text', got none; pass tokenizer=."
             )
         words = tokenizer(config.init_text, add_special_tokens=False)["input_ids"]
+        if not words:
+            raise ConfigError(
+                f"Expected payload.init-text with words in it, got {config.init_text!r}; write the "
+                "hard prompt to start from, or set payload.init='vocabulary'."
+            )
         ids = torch.tensor(words).repeat(-(-len(prompt) // len(words)))[: len(prompt)]
     prompt.copy_(vocabulary[ids.to(vocabulary.device)])

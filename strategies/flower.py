@@ -30,13 +30,15 @@ from models.seeds import derive
 from models.wire import RawArray, decode, encode
 from strategies.cohort import Cohort, Delta, Spool, norm
 from strategies.config import StrategyConfig
-from strategies.gate import Gate, Refusal, Reply
-from strategies.sampling import sample
+from strategies.gate import Gate, Refusal, Reply, Update
+from strategies.sampling import TooFewSites, sample
 from strategies.stage import Rule, State
 
 Scalar = bool | int | float | str
 _STYPE = "florilegium.raw"  # little-endian bytes: Flower's own numpy format has no bfloat16
 _POLL_S = 0.2
+_RESUME = "run again with run.resume='latest'"
+_LONGEST = 2000  # characters of a site's reason that are kept
 
 
 class RoundError(RuntimeError):
@@ -92,6 +94,23 @@ def from_record(record: ArrayRecord) -> dict[str, RawArray]:
     }
 
 
+def arrays_of(content: RecordDict, name: str = "arrays") -> ArrayRecord:
+    """The ArrayRecord `name` of a message; an empty one where there is none.
+
+    Flower's own `content.array_records` and `config_records` are reference cycles, which keep a
+    whole message in memory until Python next looks for cycles: with a large model loaded that is
+    many messages later, and the server's memory would grow with the number of sites.
+    """
+    record = content.get(name)
+    return record if isinstance(record, ArrayRecord) else ArrayRecord()
+
+
+def config_of(content: RecordDict, name: str) -> ConfigRecord:
+    """The ConfigRecord `name` of a message; an empty one where there is none."""
+    record = content.get(name)
+    return record if isinstance(record, ConfigRecord) else ConfigRecord()
+
+
 def decode_all(record: ArrayRecord) -> dict[str, Tensor]:
     """Tensors of an ArrayRecord by name; raises WireError for bytes that do not fit."""
     return {name: decode(raw) for name, raw in from_record(record).items()}
@@ -99,16 +118,22 @@ def decode_all(record: ArrayRecord) -> dict[str, Tensor]:
 
 def collect(grid: Grid, messages: Iterable[Message], timeout: float) -> Iterator[Message]:
     """Push messages and yield the replies as they come, for at most `timeout` seconds."""
-    waiting = {message_id for message_id in grid.push_messages(messages) if message_id}
+    yield from gather(grid, filter(None, grid.push_messages(messages)), timeout)
+
+
+def gather(grid: Grid, message_ids: Iterable[str], timeout: float) -> Iterator[Message]:
+    """Yield the replies to messages as they come, for at most `timeout` seconds; 0 looks once."""
+    waiting = set(message_ids)
     deadline = time.monotonic() + timeout
     while waiting:
-        for reply in grid.pull_messages(waiting):
+        for reply in grid.pull_messages(sorted(waiting)):
             waiting.discard(reply.metadata.reply_to_message_id)
             yield reply
-        if time.monotonic() > deadline:
+        left = deadline - time.monotonic()
+        if left <= 0:
             return
         if waiting:
-            time.sleep(_POLL_S)
+            time.sleep(min(_POLL_S, left))
 
 
 class ComposedStrategy(Strategy):
@@ -156,7 +181,12 @@ class ComposedStrategy(Strategy):
         s = self._settings
         log(INFO, "\t├──> Chain: %s", self._chain.name)
         log(INFO, "\t├──> Sites per round: %.0f %% of those present", 100 * s.fraction)
-        log(INFO, "\t└──> Payload: %d values, layout %s", self._layout.size, self._layout.digest[:12])
+        log(
+            INFO,
+            "\t└──> Payload: %d values, layout %s",
+            self._layout.size,
+            self._layout.digest[:12],
+        )
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -164,7 +194,10 @@ class ComposedStrategy(Strategy):
         """Draw the round's sites by name and address each with the payload and the plan."""
         members = self._members(grid)
         s = self._settings
-        names = sample(list(members), s.fraction, s.min_sites, self._seed, server_round)
+        try:
+            names = sample(members, s.fraction, s.min_sites, self._seed, server_round)
+        except TooFewSites as error:
+            raise RoundError(f"{error} Finished rounds are safe: {_RESUME}.") from error
         self._asked = {members[name]: name for name in names}
         return self._messages(MessageType.TRAIN, server_round, arrays, config)
 
@@ -209,9 +242,14 @@ class ComposedStrategy(Strategy):
         now = time.monotonic()
         self._listener.round_finished(
             RoundOutcome(
-                server_round, payload, self._state, outcomes, now - started, now - received,
+                server_round,
+                payload,
+                self._state,
+                outcomes,
+                now - started,
+                now - received,
                 update_norm,
-            )  # fmt: skip
+            )
         )
         return to_record(payload), MetricRecord({"update-norm": update_norm})
 
@@ -225,37 +263,47 @@ class ComposedStrategy(Strategy):
         for message in replies:
             site = self._asked.get(message.metadata.src_node_id)
             if site is None:
-                log(INFO, "A reply of a node that was not asked is dropped.")
+                why = message.error.reason if message.has_error() else "its node was not asked"
+                log(INFO, "A reply is dropped: %s.", why)
                 continue
             outcome, reply = _read(site, message, down)
             if reply is not None:
                 try:
                     update = gate.admit(reply)
-                    spool.put(site, update.delta_D)
+                    self._keep(spool, update)
                     weights[site] = 1.0 if uniform else float(update.num_examples)
                 except Refusal as refusal:
-                    outcome = _because(outcome, "quarantined", str(refusal))
-            if site not in outcomes or outcome.status == "ok":
+                    outcome = replace(outcome, status="quarantined", reason=str(refusal))
+            if site in weights and outcome.status != "ok":  # its first good reply stays
+                outcomes[site] = replace(outcomes[site], reason=outcome.reason)
+            else:
                 outcomes[site] = outcome
         for site in self._asked.values():
             if site not in outcomes:
                 outcomes[site] = SiteOutcome(
-                    site, "missing", "No reply before run.deadline-s.", {}, down, 0
+                    site, "missing", "No reply by the deadline (run.deadline-s).", {}, down, 0
                 )
         ordered = tuple(outcomes[site] for site in sorted(outcomes))
         return weights, ordered
 
-    def _require_quorum(
-        self, round_: int, admitted: int, outcomes: Sequence[SiteOutcome]
-    ) -> None:
-        needed = max(self._settings.min_sites, math.ceil(self._quorum * len(self._asked)))
+    def _keep(self, spool: Spool, update: Update) -> None:
+        try:
+            spool.put(update.site, update.delta_D)
+        except OSError as error:
+            raise RoundError(
+                f"Expected room for the updates of a round in {str(self._spool)!r}, but: {error}. "
+                f"Finished rounds are safe: free some space and {_RESUME}."
+            ) from error
+
+    def _require_quorum(self, round_: int, admitted: int, outcomes: Sequence[SiteOutcome]) -> None:
+        needed = max(self._settings.min_sites, math.ceil(self._quorum * len(self._asked) - 1e-9))
         if admitted >= needed:
             return
         reasons = "; ".join(f"{o.site}: {o.reason}" for o in outcomes if o.status != "ok")
         raise RoundError(
             f"Expected at least {needed} of {len(self._asked)} sites to answer well in round "
             f"{round_}, got {admitted} ({reasons}). Finished rounds are safe: mend the sites "
-            "and run again with run.resume='latest', or lower run.quorum or strategy.min-sites."
+            f"and {_RESUME}, or lower run.quorum or strategy.min-sites."
         )
 
     def _run_chain(self, round_: int, spool: Spool, weights: Mapping[str, float]) -> Delta:
@@ -276,7 +324,7 @@ class ComposedStrategy(Strategy):
         self._listener.evaluated(server_round, sorted(outcomes, key=lambda o: o.site))
         return None
 
-    def start(
+    def start(  # noqa: PLR0917 (Flower's signature)
         self,
         grid: Grid,
         initial_arrays: ArrayRecord,
@@ -319,26 +367,30 @@ class ComposedStrategy(Strategy):
 def _read(site: str, message: Message, bytes_down: int) -> tuple[SiteOutcome, Reply | None]:
     """Take a reply apart without trusting it; no Reply when the site says that it failed."""
     if message.has_error():
-        return SiteOutcome(site, "failed", str(message.error.reason), {}, bytes_down, 0), None
+        reason = message.error.reason or f"Flower's error code {message.error.code}"
+        return SiteOutcome(site, "failed", reason[:_LONGEST], {}, bytes_down, 0), None
     content = message.content
-    arrays = from_record(content.array_records.get("arrays", ArrayRecord()))
-    record = content.config_records.get("report", ConfigRecord())
+    arrays = from_record(arrays_of(content))
+    record = config_of(content, "report")
     report = {k: v for k, v in record.items() if isinstance(v, (bool, int, float, str))}
     size = sum(len(raw.data) for raw in arrays.values())
     if error := report.get("error"):
-        return SiteOutcome(site, "failed", str(error), report, bytes_down, size), None
+        return SiteOutcome(site, "failed", str(error)[:_LONGEST], report, bytes_down, size), None
     reply = Reply(
         site=site,
         round=report.get("round"),
         layout_digest=report.get("layout"),
         num_examples=report.get("num-examples"),
         arrays=arrays,
-        nbytes=size,
+        nbytes=_nbytes(content),
     )
     return SiteOutcome(site, "ok", "", report, bytes_down, size), reply
 
 
-def _because(
-    outcome: SiteOutcome, status: Literal["quarantined", "failed"], reason: str
-) -> SiteOutcome:
-    return replace(outcome, status=status, reason=reason)
+def _nbytes(content: RecordDict) -> int:
+    """About how much a message holds; Flower's own count fails on an empty string or list."""
+    return sum(
+        len(key) + (len(value.data) if isinstance(value, Array) else len(str(value)))
+        for record in content.values()
+        for key, value in record.items()
+    )

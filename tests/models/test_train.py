@@ -1,0 +1,372 @@
+"""Local training does the arithmetic it promises; scores add up."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from models import attention
+from models import train as training
+from models.base import load
+from models.batches import Batch, Batches, eval_batches
+from models.config import ModelConfig, PayloadConfig, TrainConfig
+from models.evaluate import Score, evaluate, rank
+from models.payload import Payload, attach
+from models.section import ConfigError
+from models.text import IGNORED, Causal, Classified, Example, Ranked
+from models.train import TrainingError, train
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+PLAIN = TrainConfig(optimizer="sgd", max_grad_norm=0.0)
+
+
+class Toy(nn.Module):
+    """Loss: mean over labels y of sum_i w_i y, so that the gradient is mean(y) everywhere."""
+
+    def __init__(self, values: Sequence[float], factor: float = 1.0) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor(values))
+        self.factor = factor
+
+    def forward(self, labels: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(loss=self.factor * self.w.sum() * labels.float().mean())
+
+
+def toy_batch(*labels: float) -> Batch:
+    values = torch.tensor(labels)
+    return Batch({"labels": values}, len(labels), len(labels), len(labels), ())
+
+
+def settings(**keys: Any) -> TrainConfig:
+    return PLAIN.model_copy(update=keys)
+
+
+def example(length: int, counted: int, seed: int) -> Causal:
+    """Random ids of which the last `counted` are labels."""
+    ids = torch.randint(3, 270, (length,), generator=torch.Generator().manual_seed(seed))
+    labels = ids.clone()
+    labels[: length - counted] = IGNORED
+    return Causal(ids, labels)
+
+
+UNEQUAL = [example(20, 19, 0), example(18, 2, 1), example(9, 1, 2), example(7, 6, 3)]
+
+
+def payload_of(
+    folder: Path, kind: str = "full", *, task: str = "causal-lm", **keys: Any
+) -> Payload:
+    wanted = ModelConfig.model_validate({"name": str(folder), "task": task})
+    base = load(wanted, num_labels=3 if task == "classification" else 0)
+    config = PayloadConfig.model_validate({"kind": kind, "num_virtual_tokens": 3, **keys})
+    fresh = base.fresh_modules
+    return attach(base.model, config, task=task, fresh_modules=fresh, seed=1)
+
+
+def batches_of(size: int, examples: Sequence[Example] = UNEQUAL) -> Iterator[Batch]:
+    return eval_batches(examples, size, 0)
+
+
+def distance(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+def test_one_step_of_sgd_by_hand() -> None:
+    payload = Payload("toy", Toy([2.0, -1.0]))
+    outcome = train(payload, iter([toy_batch(1, 3)]), PLAIN, steps=1, learning_rate=0.1)
+    assert payload.select()["w"].tolist() == pytest.approx([1.8, -1.2])  # gradient: (2, 2)
+    assert (outcome.loss, outcome.steps, outcome.tokens) == (pytest.approx(2.0), 1, 2)
+
+
+def test_weight_decay_shrinks_by_hand() -> None:
+    payload = Payload("toy", Toy([2.0, -1.0]))
+    wanted = settings(weight_decay=0.5)
+    train(payload, iter([toy_batch(2)]), wanted, steps=1, learning_rate=0.1)
+    assert payload.select()["w"].tolist() == pytest.approx([2 * 0.95 - 0.2, -0.95 - 0.2])
+
+
+def test_weight_decay_is_not_clipped_with_the_gradient() -> None:
+    payload = Payload("toy", Toy([2.0, -1.0]))
+    wanted = settings(weight_decay=0.5, max_grad_norm=1.0)
+    train(payload, iter([toy_batch(2)]), wanted, steps=1, learning_rate=0.1)
+    pull = 0.1 / math.sqrt(2)  # the gradient (2, 2) comes to the norm 1
+    assert payload.select()["w"].tolist() == pytest.approx([1.9 - pull, -0.95 - pull], abs=1e-6)
+
+
+def test_one_step_of_adamw_by_hand() -> None:
+    payload = Payload("toy", Toy([2.0, -1.0]))
+    wanted = settings(optimizer="adamw", weight_decay=0.5)
+    train(payload, iter([toy_batch(-4)]), wanted, steps=1, learning_rate=0.1)
+    # Its first step goes by the learning rate, whatever the gradient's size.
+    assert payload.select()["w"].tolist() == pytest.approx([1.9 + 0.1, -0.95 + 0.1], abs=1e-6)
+
+
+def test_the_optimizer_starts_fresh_in_every_call() -> None:
+    payload = Payload("toy", Toy([0.0]))
+    wanted = settings(optimizer="adamw")
+    for size in (8.0, -1.0):  # momentum of the first would overrule the second
+        train(payload, iter([toy_batch(size)]), wanted, steps=1, learning_rate=0.1)
+    assert payload.select()["w"].tolist() == pytest.approx([0.0], abs=1e-6)
+
+
+def test_the_toy_accumulates_by_hand() -> None:
+    """Labels 1, 1, 1 and 5 have the mean 2, where the mean of the batches' means is 3."""
+    payload = Payload("toy", Toy([0.0]))
+    micro = iter([toy_batch(1, 1, 1), toy_batch(5)])
+    train(payload, micro, settings(grad_accumulation=2), steps=1, learning_rate=1.0)
+    assert payload.select()["w"].tolist() == pytest.approx([-2.0])
+
+
+@pytest.mark.parametrize("kind", ["full", "lora", "soft-prompt"])
+def test_accumulation_equals_one_large_batch(tiny_models: Mapping[str, Path], kind: str) -> None:
+    assert [batch.counted for batch in batches_of(1)] == [19, 2, 1, 6]
+    found = {}
+    for size in (4, 2, 1):
+        payload = payload_of(tiny_models["llama"], kind)
+        wanted = settings(grad_accumulation=4 // size)
+        outcome = train(payload, batches_of(size), wanted, steps=1, learning_rate=1.0)
+        found[size] = payload.select()
+        assert outcome.useful_tokens == 54
+    assert distance(found[4], found[2]) < 2e-5
+    assert distance(found[4], found[1]) < 2e-5
+    # Means of means would be something else.
+    payload = payload_of(tiny_models["llama"], kind)
+    equal = (Batch(b.inputs, 1, b.tokens, b.useful, b.rows) for b in batches_of(1))
+    train(payload, equal, settings(grad_accumulation=4), steps=1, learning_rate=1.0)
+    assert distance(found[4], payload.select()) > 1e-3
+
+
+def test_packed_and_padded_batches_train_alike(tiny_models: Mapping[str, Path]) -> None:
+    found = []
+    for packing in (False, True):
+        payload = payload_of(tiny_models["llama"])
+        if packing:
+            assert attention.enable(payload.module)
+        stream = Batches(UNEQUAL, batch_size=4, seed=0, pad_id=0, packing=packing, max_length=30)
+        outcome = train(payload, stream.take(0, 1), PLAIN, steps=1, learning_rate=1.0)
+        found.append(payload.select())
+        assert outcome.useful_tokens == 54
+    assert distance(*found) < 2e-5
+
+
+def test_fedprox_follows_the_gradient_of_its_penalty(tiny_models: Mapping[str, Path]) -> None:
+    mu, rate = 0.7, 0.2
+    batches = list(batches_of(2)) * 2
+    payload = payload_of(tiny_models["llama"], "lora")
+    model = copy.deepcopy(payload.module).train()
+    weights = [p for p in model.parameters() if p.requires_grad]
+    start = [weight.detach().clone() for weight in weights]
+    for batch in batches:
+        penalty = sum(((w - s) ** 2).sum() for w, s in zip(weights, start, strict=True))
+        loss = model(**batch.inputs).loss + mu / 2 * penalty
+        gradients = torch.autograd.grad(loss, weights)
+        with torch.no_grad():
+            for weight, gradient in zip(weights, gradients, strict=True):
+                weight.sub_(gradient, alpha=rate)
+    plain = copy.deepcopy(payload)
+    first = payload.select()
+    train(payload, iter(batches), settings(prox_mu=mu), steps=4, learning_rate=rate)
+    train(plain, iter(batches), PLAIN, steps=4, learning_rate=rate)
+    expected = Payload("lora", model).select()
+    assert distance(expected, payload.select()) < 1e-5
+    assert distance(expected, plain.select()) > 1e-3
+    assert sum(float((t - first[n]).norm()) for n, t in payload.select().items()) < sum(
+        float((t - first[n]).norm()) for n, t in plain.select().items()
+    )
+
+
+def test_without_penalty_fedprox_is_plain_training(tiny_models: Mapping[str, Path]) -> None:
+    found = []
+    for mu in (0.0, 1e-30):
+        payload = payload_of(tiny_models["llama"], "lora")
+        train(payload, batches_of(2), settings(prox_mu=mu), steps=2, learning_rate=0.1)
+        found.append(payload.select())
+    assert distance(*found) == 0
+
+
+def test_training_lowers_the_loss(tiny_models: Mapping[str, Path]) -> None:
+    payload = payload_of(tiny_models["llama"], "lora")
+    wanted = TrainConfig(learning_rate=0.02)
+    before = evaluate(payload, batches_of(4), wanted).loss
+    stream = Batches(UNEQUAL, batch_size=4, seed=0, pad_id=0, packing=False, max_length=30)
+    outcome = train(payload, stream.take(0, 15), wanted, steps=15, learning_rate=0.02)
+    after = evaluate(payload, batches_of(4), wanted).loss
+    assert after < outcome.loss < before
+
+
+@pytest.mark.parametrize("factor", [math.inf, math.nan])
+def test_a_loss_that_is_not_finite_is_an_error_with_the_remedy(factor: float) -> None:
+    payload = Payload("toy", Toy([1.0], factor))
+    message = r"finite training loss, got (inf|nan) within 2 steps; lower train\.learning-rate"
+    with pytest.raises(TrainingError, match=message):
+        train(payload, iter([toy_batch(1)] * 2), PLAIN, steps=2, learning_rate=0.1)
+
+
+def test_diverging_training_is_an_error(tiny_models: Mapping[str, Path]) -> None:
+    payload = payload_of(tiny_models["llama"])
+    with pytest.raises(TrainingError, match=r"lower train\.learning-rate"):
+        train(payload, iter(list(batches_of(4)) * 4), PLAIN, steps=4, learning_rate=1e30)
+
+
+@pytest.mark.parametrize(("model", "dropout"), [("llama", 0.0), ("gpt2", 0.3)])
+def test_same_seed_same_bytes(tiny_models: Mapping[str, Path], model: str, dropout: float) -> None:
+    def trained(seed: int) -> bytes:
+        payload = payload_of(tiny_models[model], "lora", dropout=dropout)
+        torch.rand(seed)  # what was drawn before does not matter
+        state = torch.get_rng_state()
+        stream = Batches(UNEQUAL, batch_size=2, seed=0, pad_id=0, packing=False, max_length=30)
+        train(payload, stream.take(0, 3), TrainConfig(), steps=3, learning_rate=0.01, seed=seed)
+        assert torch.equal(torch.get_rng_state(), state)
+        return payload.layout.flatten(payload.select()).numpy().tobytes()
+
+    assert trained(1) == trained(1)
+    assert (trained(1) == trained(2)) == (dropout == 0)
+
+
+def test_progress_is_told_at_the_end() -> None:
+    told: list[tuple[int, int, float, float]] = []
+    payload = Payload("toy", Toy([1.0]))
+    train(
+        payload, iter([toy_batch(1, 1)] * 3), PLAIN, steps=3, learning_rate=0.5,
+        progress=lambda *news: told.append(news),
+    )  # fmt: skip
+    ((step, steps, loss, speed),) = told
+    assert (step, steps) == (3, 3)
+    assert loss == pytest.approx((1.0 + 0.5 + 0.0) / 3)
+    assert speed > 0
+
+
+def test_progress_of_slow_steps_is_told_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(0, 1000, 3))
+    monkeypatch.setattr(training.time, "perf_counter", lambda: float(next(clock)))
+    told: list[int] = []
+    train(
+        Payload("toy", Toy([1.0])), iter([toy_batch(1)] * 5), PLAIN, steps=5, learning_rate=0.1,
+        progress=lambda step, *_: told.append(step),
+    )  # fmt: skip
+    assert told == [2, 4, 5]
+
+
+def test_learning_rates_by_hand() -> None:
+    def rates(rounds: int, **keys: Any) -> list[float]:
+        config = settings(learning_rate=8.0, **keys)
+        return [config.learning_rate_at(round_, rounds) for round_ in range(1, rounds + 1)]
+
+    assert rates(3) == [8, 8, 8]
+    assert rates(4, schedule="linear") == [8, 6, 4, 2]
+    root = 4 * math.sqrt(2) / 2
+    assert rates(4, schedule="cosine") == pytest.approx([8, 4 + root, 4, 4 - root])
+    assert rates(4, warmup_rounds=3) == [2, 4, 6, 8]
+    assert rates(5, warmup_rounds=1, schedule="linear") == [4, 8, 6, 4, 2]
+    assert rates(2, warmup_rounds=3) == [2, 4]
+    assert rates(1, schedule="cosine") == [8]
+
+
+@pytest.mark.parametrize(("steps", "epochs"), [(0, 0.0), (3, 1.0)])
+def test_steps_or_epochs_but_not_both(steps: int, epochs: float) -> None:
+    with pytest.raises(ConfigError, match=r"exactly one of train\.steps and train\.epochs"):
+        TrainConfig(steps=steps, epochs=epochs).check()
+
+
+@torch.no_grad()
+def naive_loss(payload: Payload, rows: Sequence[Causal]) -> tuple[float, int]:
+    """Sum of the loss over labels, row by row without padding, and the number of labels."""
+    total, count = 0.0, 0
+    payload.module.eval()
+    for row in rows:
+        logits = payload.module(
+            input_ids=row.input_ids[None], attention_mask=torch.ones(1, len(row.input_ids))
+        ).logits[0, -len(row.input_ids) :]
+        for at in range(1, len(row.labels)):
+            if row.labels[at] != IGNORED:
+                total -= float(logits[at - 1].log_softmax(-1)[row.labels[at]])
+                count += 1
+    return total, count
+
+
+@pytest.mark.parametrize("kind", ["lora", "soft-prompt", "prefix", "adapter", "full"])
+def test_the_score_equals_a_naive_loop(tiny_models: Mapping[str, Path], kind: str) -> None:
+    payload = payload_of(tiny_models["llama"], kind)
+    payload.load({n: t + 0.05 for n, t in payload.select().items()})
+    total, count = naive_loss(payload, UNEQUAL)
+    score = evaluate(payload, batches_of(3), PLAIN)
+    assert (score.counted, score.rows, count) == (28, 4, 28)
+    assert score.loss_sum == pytest.approx(total, rel=1e-4)
+    assert score.loss == pytest.approx(total / count, rel=1e-4)
+    assert score.metric("perplexity") == pytest.approx(math.exp(total / count), rel=1e-3)
+
+
+def test_scores_of_splits_add_up(tiny_models: Mapping[str, Path]) -> None:
+    payload = payload_of(tiny_models["gpt2"], "lora")
+    whole = evaluate(payload, batches_of(4), PLAIN)
+    parts = [evaluate(payload, batches_of(2, rows), PLAIN) for rows in (UNEQUAL[:1], UNEQUAL[1:])]
+    total = sum(parts, Score())
+    assert (total.counted, total.correct, total.rows) == (whole.counted, whole.correct, whole.rows)
+    assert total.loss_sum == pytest.approx(whole.loss_sum, rel=1e-5)
+
+
+def test_an_empty_score_is_not_a_number() -> None:
+    empty = Score()
+    values = [empty.loss, empty.metric("perplexity"), empty.metric("accuracy")]
+    assert all(math.isnan(value) for value in values)
+    assert Score(800.0, 1, 0, 1).metric("perplexity") == math.exp(700)
+
+
+@pytest.mark.parametrize("model", ["llama", "bert"])
+def test_accuracy_of_classes_equals_a_naive_loop(
+    tiny_models: Mapping[str, Path], model: str
+) -> None:
+    payload = payload_of(tiny_models[model], "lora", task="classification")
+    rows = [
+        Classified(example(length, 1, length).input_ids, None, length % 3)
+        for length in (4, 9, 5, 12, 7, 6, 11)
+    ]
+    right, total = 0, 0.0
+    payload.module.eval()
+    with torch.no_grad():
+        for row in rows:
+            logits = payload.module(input_ids=row.input_ids[None]).logits[0]
+            right += int(logits.argmax()) == row.label
+            total += float(functional.cross_entropy(logits, torch.tensor(row.label)))
+    score = evaluate(payload, batches_of(3, rows), PLAIN)
+    assert (score.correct, score.rows, score.counted) == (right, 7, 7)
+    assert score.loss_sum == pytest.approx(total, rel=1e-4)
+    assert score.metric("accuracy") == right / 7
+    train(payload, iter(list(batches_of(7, rows)) * 60), TrainConfig(), steps=60,
+          learning_rate=0.02)  # fmt: skip
+    assert evaluate(payload, batches_of(3, rows), PLAIN).metric("accuracy") > 0.8
+
+
+@pytest.mark.parametrize("kind", ["lora", "soft-prompt", "prefix"])
+def test_choices_are_ranked_as_in_a_naive_loop(tiny_models: Mapping[str, Path], kind: str) -> None:
+    payload = payload_of(tiny_models["llama"], kind)
+    ranked, best = [], []
+    for row in range(6):
+        prompt = example(4 + row, 1, row).input_ids
+        candidates = []
+        for answer in range(3):
+            ids = torch.cat(
+                [prompt, example(1 + (answer + row) % 3, 1, 50 * row + answer).input_ids]
+            )
+            labels = ids.clone()
+            labels[: len(prompt)] = IGNORED
+            candidates.append(Causal(ids, labels))
+        losses = [naive_loss(payload, [candidate])[0] for candidate in candidates]
+        best.append(min(range(3), key=losses.__getitem__))
+        ranked.append(Ranked(tuple(candidates), row % 3))
+    expected = sum(best[row] == row % 3 for row in range(6))
+    assert rank(payload, ranked, PLAIN, 4, 0) == expected
+    right = [Ranked(row.candidates, at) for row, at in zip(ranked, best, strict=True)]
+    assert rank(payload, right, PLAIN, 5, 0) == 6
+    wrong = [Ranked(row.candidates, (at + 1) % 3) for row, at in zip(ranked, best, strict=True)]
+    assert rank(payload, wrong, PLAIN, 5, 0) == 0
+    assert rank(payload, [], PLAIN, 5, 0) == 0
