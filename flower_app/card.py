@@ -41,5 +41,5 @@ A `{config.payload.kind}` payload for `{base}` ({config.model.task}), trained wi
 
 Load it with `{use}`. Numbers and plots are in the run's `report.html`.
 
-No differential privacy was applied: a payload can reveal something about the rows it was trained on.
+No differential privacy was applied: a payload can reveal something about the rows behind it.
 """

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import wraps
 from importlib.metadata import version
 from logging import ERROR, INFO
+from pathlib import Path
 
 import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
@@ -54,12 +55,20 @@ def answering(name: str) -> Callable[[Handler], Callable[[Message, Context], Mes
                 content = handler(message, config, node)
             except _EXPLAINED as error:
                 log(ERROR, "%s", error)
-                content = RecordDict({name: ConfigRecord({"error": _told(error, node)})})
+                content = RecordDict({name: _refusal(error, node)})
             return Message(content, reply_to=message)
 
         return answer
 
     return decorate
+
+
+def _refusal(error: Exception, node: NodeConfig | None) -> ConfigRecord:
+    simulated = node is not None and node.simulated
+    partitions = node.num_partitions if node is not None and simulated else 0
+    return ConfigRecord(
+        {"error": _told(error, node), "simulated": simulated, "partitions": partitions}
+    )
 
 
 def _told(error: Exception, node: NodeConfig | None) -> str:
@@ -69,8 +78,10 @@ def _told(error: Exception, node: NodeConfig | None) -> str:
     if isinstance(error, DataError | OSError):
         return f"{type(error).__name__}: the log at the site says what is wrong with its rows."
     text = str(error)
-    for path in (node.data_path, node.eval_path, node.model_path):
-        text = text.replace(path, "...") if path else text
+    given = [Path(p) for p in (node.data_path, node.eval_path, node.model_path) if p]
+    forms = {str(form) for p in given for form in (p, p.expanduser(), p.expanduser().resolve())}
+    for path in sorted(forms, key=len, reverse=True):  # a path within another one goes first
+        text = text.replace(path, "...")
     return text
 
 

@@ -18,8 +18,8 @@ def check_names(config: Config) -> None:
     payload.check_kind(config.payload)
     if config.train.packing == "on" and prompting(config.payload.kind):
         raise ConfigError(
-            f"Expected train.packing='off' or 'auto' with payload.kind={config.payload.kind!r}, got "
-            "'on'; virtual tokens belong to one document each."
+            f"Expected train.packing='off' or 'auto' with payload.kind={config.payload.kind!r}, "
+            "got 'on'; virtual tokens belong to one document each."
         )
     registry.build(config.strategy)
 
@@ -40,6 +40,11 @@ def num_labels(config: Config) -> int:
             "name the classes, since no site sees all the data."
         )
     return count
+
+
+def num_classes(loaded: Base) -> int:
+    """Classes that a loaded classification model tells apart."""
+    return int(loaded.model.config.num_labels or 0)
 
 
 def model_key(config: Config, path: str) -> str:

@@ -1,7 +1,8 @@
-"""SuperLinks and SuperNodes as child processes, for the quickstart, the benchmarks and the tests."""
+"""SuperLinks and SuperNodes as child processes, for quickstart, benchmarks and tests."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -14,6 +15,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import httpx
+import psutil
 
 QUIET = {
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
@@ -68,17 +70,29 @@ def stop_on_terminate() -> None:
 
 
 def stop(child: subprocess.Popen[bytes]) -> None:
-    """End a child process and its process group, gently first."""
-    for number, patience in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 10.0)):
-        try:
-            os.killpg(child.pid, number)
-        except ProcessLookupError:
-            break
-        try:
-            child.wait(patience)
-        except subprocess.TimeoutExpired:
-            continue
+    """End a process and all that descend from it, gently first."""
+    try:
+        # Flower starts its executors and Ray its workers in sessions of their own.
+        family = psutil.Process(child.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        family = []
+    child.terminate()
+    try:
+        child.wait(10)
+    except subprocess.TimeoutExpired:
+        child.kill()
+    for member in family:
+        _signal(member, signal.SIGTERM)
+    _, stubborn = psutil.wait_procs(family, timeout=5)
+    for member in stubborn:
+        _signal(member, signal.SIGKILL)
+    psutil.wait_procs(stubborn, timeout=5)
     child.wait()
+
+
+def _signal(member: psutil.Process, number: int) -> None:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        member.send_signal(number)
 
 
 @contextmanager

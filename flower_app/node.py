@@ -34,10 +34,12 @@ def parse_node(values: Mapping[str, bool | int | float | str | bytes]) -> NodeCo
         wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise ConfigError(f"Expected a node config of {known}, but {wrong}.") from None
     if not node.simulated and not (node.site and node.data_path):
+        given = {"site": node.site, "data-path": node.data_path}
+        got = " and ".join(key for key, value in given.items() if value)  # the values stay here
         raise ConfigError(
-            "Expected 'site' and 'data-path' in this node's config, got "
-            f"site={node.site!r} and data-path={node.data_path!r}; start the SuperNode with "
-            "--node-config 'site=\"name\" data-path=\"/where/the/rows/are.jsonl\"'."
+            f"Expected 'site' and 'data-path' in this node's config, got {got or 'neither'}; start "
+            "the SuperNode with --node-config "
+            "\"site='name' data-path='/where/the/rows/are.jsonl'\"."
         )
     if node.simulated and node.partition_id >= node.num_partitions:
         raise ConfigError(

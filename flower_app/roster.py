@@ -52,6 +52,7 @@ class Roster:
         self._timeout = timeout
         self._known: dict[int, Member | str] = {}  # a member, or why the node is none
         self._late: dict[str, int] = {}  # questions without an answer yet, and whom they went to
+        self._refused_of = 0  # partitions of the simulation that a refused node is part of
         self._warned: set[tuple[int, str]] = set()
 
     def refresh(self, grid: Grid) -> dict[str, Member]:
@@ -117,7 +118,8 @@ class Roster:
         while True:
             members = self.refresh(grid)
             refused = [reason for reason in self._known.values() if isinstance(reason, str)]
-            expected = max((m.partitions for m in members.values() if m.simulated), default=0)
+            partitions = [m.partitions for m in members.values() if m.simulated]
+            expected = max(partitions, default=self._refused_of)
             enough = len(members) >= min_sites
             all_here = len(members) + len(refused) >= (expected or min_sites)
             late = time.monotonic() > deadline
@@ -140,6 +142,9 @@ class Roster:
         record = reply.content.config_records.get("member", ConfigRecord())
         values = {key.replace("-", "_"): record[key] for key in record}
         if reason := values.get("error"):
+            partitions = values.get("partitions")
+            if values.get("simulated") is True and isinstance(partitions, int):
+                self._refused_of = max(self._refused_of, partitions)
             return str(reason)[:_LONGEST]
         base = values.pop("base", None)
         try:

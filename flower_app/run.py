@@ -137,7 +137,7 @@ def _save_adapter(
         if config.payload.kind == "full":
             tokenizer.save_pretrained(temporary)
         card = model_card(config, {**facts, "rounds": config.run.rounds})
-        (temporary / "README.md").write_text(card)
+        (temporary / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
 
 
 def _finish(
@@ -147,7 +147,8 @@ def _finish(
     summary = summarise(config, folder.rows(), {key: facts[key] for key in keep})
     summary["seconds"] |= seconds
     with replacing(folder.path / "summary.json") as temporary:
-        temporary.write_text(json.dumps(summary, indent=1, ensure_ascii=False))
+        text = json.dumps(summary, indent=1, ensure_ascii=False)
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
     report = write_report(folder.path)
     log(INFO, "\n\n%s\n", results_table(summary))
     for what, path in {"Adapter": folder.adapter, "Report": report, "Folder": folder.path}.items():

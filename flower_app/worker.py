@@ -60,7 +60,7 @@ class Worker:
         if not node.simulated and not node.model_path and config.model.name.startswith(PATHLIKE):
             raise ConfigError(
                 "Expected 'model-path' in this node's config, since the server's model is a folder "
-                "of its own; start the SuperNode with model-path=\"/where/the/model/is\"."
+                'of its own; start the SuperNode with model-path="/where/the/model/is".'
             )
         key = compose.model_key(config, node.model_path)
         if self._payload and self._payload[0] != key:
@@ -166,7 +166,7 @@ class Worker:
                 f"{limit}{beside}, got {config.train.max_length}; lower it."
             )
         if config.model.task == "classification":
-            _require_classes(rows, int(base.model.config.num_labels))
+            _require_classes(rows, compose.num_classes(base))
         return encode(rows, base.tokenizer, config.train.max_length)
 
     def _batches(self, config: Config, base: Base, encoded: Encoded, name: str) -> Batches:

@@ -87,7 +87,7 @@ def rank(
 
 
 def _answer_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sum of the labels' log-probabilities, shape (rows,), from logits (rows, tokens, vocabulary)."""
+    """Sum of the labels' log-probabilities (rows,), from logits (rows, tokens, vocabulary)."""
     logits = logits[:, -labels.shape[1] :]  # virtual tokens stand before the text
     losses = torch.nn.functional.cross_entropy(
         logits[:, :-1].float().transpose(1, 2), labels[:, 1:],

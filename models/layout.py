@@ -65,9 +65,7 @@ class Layout:
         for name, shape in zip(self.names, self.shapes, strict=True):
             tensor = tensors[name]
             if tuple(tensor.shape) != shape:
-                raise LayoutError(
-                    f"Expected {name!r} of shape {shape}, got {tuple(tensor.shape)}."
-                )
+                raise LayoutError(f"Expected {name!r} of shape {shape}, got {tuple(tensor.shape)}.")
             if tensor.dtype != self.torch_dtype:
                 raise LayoutError(f"Expected {name!r} as {self.dtype}, got {tensor.dtype}.")
 

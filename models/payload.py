@@ -64,6 +64,7 @@ class Payload:
             self.module.save_pretrained(folder)
         else:
             self.module.save_pretrained(folder, save_embedding_layers=False)
+            _sort_lists(folder / "adapter_config.json")
 
 
 def virtual_tokens(module: Any) -> int:
@@ -72,6 +73,15 @@ def virtual_tokens(module: Any) -> int:
     if not isinstance(settings, peft.PromptLearningConfig):
         return 0
     return int(settings.num_virtual_tokens or 0)
+
+
+def _sort_lists(path: Path) -> None:
+    """PEFT writes sets of module names in an order that changes with every process."""
+    settings = json.loads(path.read_text())
+    for value in settings.values():
+        if isinstance(value, list) and all(isinstance(entry, str) for entry in value):
+            value.sort()
+    path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 
 def attach(

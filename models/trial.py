@@ -67,14 +67,16 @@ def _ids(module: Any) -> Tensor:
     """Eight token ids, shape (1, 8), of which those at 4 and 7 differ."""
     vocabulary = module.config.get_text_config().vocab_size
     device = next(module.parameters()).device
-    return (torch.arange(1, 9, device=device) * 7919 % vocabulary)[None]
+    ids: Tensor = torch.arange(1, 9, device=device) * 7919 % vocabulary
+    return ids[None]
 
 
 def _logits(module: Any, ids: Tensor, mask: Tensor) -> Tensor:
     """Logits of each row, without those of virtual tokens."""
     logits: Tensor = module(input_ids=ids, attention_mask=mask).logits
-    text: Tensor = logits if logits.dim() == 2 else logits[:, -ids.shape[1] :]
-    return text
+    if logits.dim() == 3:
+        logits = logits[:, -ids.shape[1] :]
+    return logits
 
 
 def _close(expected: Tensor, found: Tensor) -> bool:

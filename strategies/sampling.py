@@ -28,7 +28,7 @@ def sample(
             f"{len(present)} ({', '.join(sorted(present)) or 'none'}); connect more SuperNodes or "
             "lower strategy.min-sites."
         )
-    # A tolerance, because 0.1 * 30 is 3.0000000000000004 and must not ask a fourth site.
+    # A tolerance, because 0.28 * 25 is 7.000000000000001 and must not ask an eighth site.
     share = math.ceil(fraction * len(present) - 1e-9)
     count = min(max(share, min_sites, 1), len(present))
 

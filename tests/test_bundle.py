@@ -1,4 +1,4 @@
-"""The Flower app bundle, as partners receive it: small, complete, and nothing that is not the app."""
+"""The Flower app bundle, as partners receive it: small, complete, and nothing but the app."""
 
 from __future__ import annotations
 

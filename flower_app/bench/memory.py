@@ -109,9 +109,7 @@ def _replies(asked: Sequence[Message], layout: Layout) -> Iterator[Message]:
     for number, message in enumerate(asked, start=1):
         update = {name: tensor * (1e-3 * number) for name, tensor in noise.items()}
         report = ConfigRecord({"round": 1, "layout": layout.digest, "num-examples": 100})
-        yield Message(
-            RecordDict({"arrays": to_record(update), "report": report}), reply_to=message
-        )
+        yield Message(RecordDict({"arrays": to_record(update), "report": report}), reply_to=message)
 
 
 def _forget_peak() -> None:

@@ -52,9 +52,10 @@ def measure(quick: bool) -> Outcome:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        results = [_compare(s, records, source, stretches, tokens, say) for s in (SMALL, DEFAULT)]
+        results = [_compare(s, records, stretches, tokens, say) for s in (SMALL, DEFAULT)]
     finally:
         torch.set_num_threads(threads)
+    results = [{**result, "source": source} for result in results]
     return Outcome(_text(results, source), results)
 
 
@@ -69,14 +70,9 @@ def _records(count: int) -> tuple[Sequence[Record], str]:
 
 
 def _compare(
-    shape: Shape,
-    records: Sequence[Record],
-    source: str,
-    stretches: int,
-    tokens: int,
-    say: Progress,
+    shape: Shape, records: Sequence[Record], stretches: int, tokens: int, say: Progress
 ) -> dict[str, Any]:
-    say(f"{shape.name} model, {source} ...")
+    say(f"{shape.name} model ...")
     attached, examples = _prepare(shape, records)
     streams = {way: _batches(examples, way) for way in ROWS}
     paces: dict[str, list[Pace]] = {way: [] for way in ROWS}
@@ -98,7 +94,6 @@ def _compare(
     }
     return {
         "model": shape.name,
-        "source": source,
         "examples": len(examples),
         "mean_length": statistics.mean(len(example.input_ids) for example in examples),
         "max_length": MAX_LENGTH,

@@ -220,8 +220,10 @@ def _spread(values: Sequence[float | None]) -> str:
 
 
 def _record(name: str, summaries: Sequence[Mapping[str, Any]]) -> None:
-    keep = ("seed", "metric", "sites", "rounds", "payload", "trainable_parameters", "zero_shot",
-            "local", "federated", "central", "bytes_up_per_round", "bytes_down_per_round")  # fmt: skip
+    keep = (
+        "seed", "metric", "sites", "rounds", "payload", "trainable_parameters", "zero_shot",
+        "local", "federated", "central", "bytes_up_per_round", "bytes_down_per_round",
+    )  # fmt: skip
     everything = json.loads(RAW.read_text()) if RAW.is_file() else {}
     everything[name] = [{key: summary[key] for key in keep} for summary in summaries]
     RAW.write_text(json.dumps(everything, indent=1, ensure_ascii=False) + "\n")

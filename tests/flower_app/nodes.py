@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from logging import ERROR
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, Metadata, RecordDict
+from flwr.app import ConfigRecord, Context, Message, Metadata, RecordDict
 from torch import Tensor
 
 from flower_app import client_app, compose
@@ -45,12 +46,16 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> str:
 
 @dataclass
 class Nodes:
-    """Three sites in one process; `keys` go over Flower's defaults, `extra` over those."""
+    """Three sites in one process; `keys` go over the defaults, `extra` over those.
+
+    `errors` is what the operator of a site reads in its log.
+    """
 
     folder: Path
     model: Path
     monkeypatch: pytest.MonkeyPatch
     keys: dict[str, Any] = field(default_factory=dict)
+    errors: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         rows = {name: site_rows(name, 14 + 4 * at) for at, name in enumerate(NAMES)}
@@ -76,7 +81,12 @@ class Nodes:
             "train.threads": 1,
             "train.learning-rate": 0.01,
         }
+        self.monkeypatch.setattr(client_app, "log", self._log)
         self.restart()
+
+    def _log(self, level: int, text: str, *values: object) -> None:
+        if level >= ERROR:
+            self.errors.append(text % values)
 
     def restart(self) -> Worker:
         """Forget everything, as a new process would."""
@@ -113,12 +123,14 @@ class Nodes:
         **extra: Any,
     ) -> RecordDict:
         """Hand a message to the ClientApp and return the content of its reply."""
-        records: dict[str, ArrayRecord | ConfigRecord] = {"plan": ConfigRecord(dict(plan or {}))}
+        content = RecordDict({"plan": ConfigRecord(dict(plan or {}))})
         if arrays is not None:
-            records["arrays"] = to_record(arrays)
+            content["arrays"] = to_record(arrays)
         metadata = Metadata(1, "question", 1, 2, "", "", 0.0, 1e12, kind)
         context = Context(1, 2, dict(node), RecordDict(), self.flat(**extra))
-        reply = client_app.app(Message(RecordDict(records), metadata=metadata), context)
+        # Flower itself makes messages of other processes this way; its types show the rest only.
+        message: Message = Message(content, metadata=metadata)  # type: ignore[call-overload]
+        reply = client_app.app(message, context)
         assert reply.metadata.reply_to_message_id == "question"
         return reply.content
 

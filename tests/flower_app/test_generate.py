@@ -66,7 +66,7 @@ def test_greedy_text_is_that_of_a_plain_loop(
     make_run: MakeRun, tiny_models: Mapping[str, Path], capfd: pytest.CaptureFixture[str]
 ) -> None:
     run = make_run()
-    model = AutoModelForCausalLM.from_pretrained(tiny_models["llama"])
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny_models["llama"])
     model = PeftModel.from_pretrained(model, run / "adapter").eval()
     tokenizer = AutoTokenizer.from_pretrained(tiny_models["llama"])
     # The tokenizer puts nothing before a text; training does, and so does this.
@@ -82,11 +82,9 @@ def test_greedy_text_is_that_of_a_plain_loop(
 
 def test_sampling_goes_by_its_seed(make_run: MakeRun, capfd: pytest.CaptureFixture[str]) -> None:
     run = make_run()
-    state = torch.get_rng_state()
     hot = ["--temperature", "1.5", "--seed"]
     texts = [written(capfd, run, *hot, seed) for seed in ("1", "1", "2")]
     assert texts[0] == texts[1] != texts[2]
-    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_an_empty_prompt_starts_a_text(

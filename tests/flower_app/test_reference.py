@@ -11,6 +11,7 @@ import pytest
 from flower_app import reference
 from flower_app.config import defaults, known_keys, sections
 from flower_app.node import NodeConfig
+from models.section import Section
 
 PAGE = reference.ROOT / "docs" / "configuration.md"
 PROJECT = reference.ROOT / "pyproject.toml"
@@ -57,6 +58,7 @@ def test_every_key_is_described_on_the_page_once(key: str) -> None:
 
 
 def test_every_field_has_a_description() -> None:
-    for cls in (*sections().values(), NodeConfig):
+    classes: list[type[Section]] = [*sections().values(), NodeConfig]
+    for cls in classes:
         for name, info in cls.model_fields.items():
             assert info.description, f"{cls.__name__}.{name}"

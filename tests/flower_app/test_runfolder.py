@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from flower_app import runfolder
 from flower_app.config import Config, Value, defaults, parse
@@ -198,7 +199,7 @@ def test_a_crash_between_any_two_steps_leaves_a_whole_checkpoint(
 
     with monkeypatch.context() as patch:
         if step == "save_file":
-            patch.setattr(runfolder, "save_file", failing(runfolder.save_file))
+            patch.setattr(runfolder, "save_file", failing(save_file))
         elif step == "write_text":
             patch.setattr(Path, "write_text", failing(Path.write_text))
         else:
@@ -335,7 +336,10 @@ NAMES = ["a\u2028b", "a\u2029b", "a\x85b", "a\x0bb", "a\nb", "a\r\nb", 'a"b\\', 
 @pytest.mark.parametrize("name", NAMES)
 def test_names_with_any_characters_stay_on_their_line(tmp_path: Path, name: str) -> None:
     folder = RunFolder.create(config(tmp_path))
-    rows = [{"site": name, "reason": name * 2}, {"site": "b", "per_site": {name: {"loss": 1.0}}}]
+    rows: list[dict[str, Any]] = [
+        {"site": name, "reason": name * 2},
+        {"site": "b", "per_site": {name: {"loss": 1.0}}},
+    ]
     for row in rows:
         folder.log(row)
     assert folder.rows() == rows
@@ -357,12 +361,12 @@ def test_rows_come_back_as_they_were_logged(tmp_path: Path, rows: list[dict[str,
 def test_what_is_not_a_number_becomes_null(tmp_path: Path) -> None:
     folder = RunFolder.create(config(tmp_path))
     folder.log({"a": math.nan, "b": {"c": math.inf, "d": 1.5}, "e": "NaN"})
-    strict = json.loads(folder.metrics.read_text(), parse_constant=lambda name: pytest.fail(name))
+    strict = json.loads(folder.metrics.read_text(), parse_constant=pytest.fail)
     assert strict == {"a": None, "b": {"c": None, "d": 1.5}, "e": "NaN"}
 
 
 def test_logging_to_a_folder_that_is_gone_says_so(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="metrics.jsonl"):
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl"):
         RunFolder(tmp_path / "gone").log({"a": 1})
 
 

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from models import attention
-from models import train as training
 from models.base import load
 from models.batches import Batch, Batches, eval_batches
 from models.config import ModelConfig, PayloadConfig, TrainConfig
@@ -84,7 +83,8 @@ def test_one_step_of_sgd_by_hand() -> None:
     payload = Payload("toy", Toy([2.0, -1.0]))
     outcome = train(payload, iter([toy_batch(1, 3)]), PLAIN, steps=1, learning_rate=0.1)
     assert payload.select()["w"].tolist() == pytest.approx([1.8, -1.2])  # gradient: (2, 2)
-    assert (outcome.loss, outcome.steps, outcome.tokens) == (pytest.approx(2.0), 1, 2)
+    assert outcome.loss == pytest.approx(2.0)
+    assert (outcome.steps, outcome.tokens) == (1, 2)
 
 
 def test_weight_decay_shrinks_by_hand() -> None:
@@ -247,7 +247,7 @@ def test_progress_is_told_at_the_end() -> None:
 
 def test_progress_of_slow_steps_is_told_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(0, 1000, 3))
-    monkeypatch.setattr(training.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr("models.train.time.perf_counter", lambda: float(next(clock)))
     told: list[int] = []
     train(
         Payload("toy", Toy([1.0])), iter([toy_batch(1)] * 5), PLAIN, steps=5, learning_rate=0.1,
@@ -325,7 +325,7 @@ def test_an_empty_score_is_not_a_number() -> None:
 def test_accuracy_of_classes_equals_a_naive_loop(
     tiny_models: Mapping[str, Path], model: str
 ) -> None:
-    payload = payload_of(tiny_models[model], "lora", task="classification")
+    payload = payload_of(tiny_models[model], "lora", task="classification", rank=8, alpha=16.0)
     rows = [
         Classified(example(length, 1, length).input_ids, None, length % 3)
         for length in (4, 9, 5, 12, 7, 6, 11)
@@ -341,32 +341,34 @@ def test_accuracy_of_classes_equals_a_naive_loop(
     assert (score.correct, score.rows, score.counted) == (right, 7, 7)
     assert score.loss_sum == pytest.approx(total, rel=1e-4)
     assert score.metric("accuracy") == right / 7
-    train(payload, iter(list(batches_of(7, rows)) * 60), TrainConfig(), steps=60,
-          learning_rate=0.02)  # fmt: skip
-    assert evaluate(payload, batches_of(3, rows), PLAIN).metric("accuracy") > 0.8
+    wanted = TrainConfig(optimizer="adamw")
+    train(payload, iter(list(batches_of(7, rows)) * 60), wanted, steps=60, learning_rate=0.02)
+    learnt = evaluate(payload, batches_of(3, rows), wanted)
+    assert learnt.loss < 0.7 * score.loss
+    assert learnt.correct > score.correct
 
 
 @pytest.mark.parametrize("kind", ["lora", "soft-prompt", "prefix"])
 def test_choices_are_ranked_as_in_a_naive_loop(tiny_models: Mapping[str, Path], kind: str) -> None:
     payload = payload_of(tiny_models["llama"], kind)
     ranked, best = [], []
-    for row in range(6):
+    for row in range(12):
         prompt = example(4 + row, 1, row).input_ids
         candidates = []
         for answer in range(3):
-            ids = torch.cat(
-                [prompt, example(1 + (answer + row) % 3, 1, 50 * row + answer).input_ids]
-            )
+            # Mostly of one length, or the shortest answer would always come first.
+            length = 2 + row % 2 if row % 3 else 1 + (answer + row) % 3
+            ids = torch.cat([prompt, example(length, 1, 50 * row + answer).input_ids])
             labels = ids.clone()
             labels[: len(prompt)] = IGNORED
             candidates.append(Causal(ids, labels))
         losses = [naive_loss(payload, [candidate])[0] for candidate in candidates]
         best.append(min(range(3), key=losses.__getitem__))
         ranked.append(Ranked(tuple(candidates), row % 3))
-    expected = sum(best[row] == row % 3 for row in range(6))
+    expected = sum(best[row] == row % 3 for row in range(12))
     assert rank(payload, ranked, PLAIN, 4, 0) == expected
     right = [Ranked(row.candidates, at) for row, at in zip(ranked, best, strict=True)]
-    assert rank(payload, right, PLAIN, 5, 0) == 6
+    assert rank(payload, right, PLAIN, 5, 0) == 12
     wrong = [Ranked(row.candidates, (at + 1) % 3) for row, at in zip(ranked, best, strict=True)]
     assert rank(payload, wrong, PLAIN, 5, 0) == 0
     assert rank(payload, [], PLAIN, 5, 0) == 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -29,11 +29,11 @@ def simulation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def small_run(tiny_llama: Path, pooled_rows: Path) -> dict[str, Value]:
+def small_run(tiny_models: Mapping[str, Path], pooled_rows: Path) -> dict[str, Value]:
     """Run config of a training of seconds over three sites."""
     return {
         "run.rounds": 3,
-        "model.name": str(tiny_llama),
+        "model.name": str(tiny_models["llama"]),
         "data.source": str(pooled_rows),
         "train.steps": 2,
         "train.batch-size": 4,

@@ -18,12 +18,11 @@ def site_rows(name: str, count: int = 24) -> list[dict[str, str]]:
     """Rows of a site, each with a word of its own."""
     words = {"fern": "green frond in the shade", "moss": "soft carpet on the old stone",
              "thyme": "small leaf with a strong scent"}  # fmt: skip
-    return [{"site": name, "text": f"{name} {i}: a {words[name]}, number {i}"} for i in range(count)]
+    texts = (f"{name} {number}: a {words[name]}, number {number}" for number in range(count))
+    return [{"site": name, "text": text} for text in texts]
 
 
-def run_app(
-    home: Path, config: Mapping[str, Value], *, sites: int = 0
-) -> subprocess.Popen[str]:
+def run_app(home: Path, config: Mapping[str, Value], *, sites: int = 0) -> subprocess.Popen[str]:
     """Start `flwr run` with its log streamed; the caller waits for it or kills it."""
     federation = {"num-supernodes": sites, "client-resources-num-cpus": 1} if sites else None
     command = flwr_run(home, ROOT, config, federation=federation)

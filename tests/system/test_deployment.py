@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from flower_app.local import superlink, supernodes
@@ -11,7 +12,7 @@ from tests.system.runs import NAMES, Value, adapter_bytes, finish, run_app, site
 
 
 def test_deployed_sites_train_the_same_bytes_as_simulated_ones(
-    simulation: Path, small_run: dict[str, Value], tiny_llama: Path, tmp_path: Path
+    simulation: Path, small_run: dict[str, Value], tiny_models: Mapping[str, Path], tmp_path: Path
 ) -> None:
     config = small_run | {"run.rounds": 1}
     simulated, deployed = tmp_path / "simulated", tmp_path / "deployed"
@@ -22,7 +23,7 @@ def test_deployed_sites_train_the_same_bytes_as_simulated_ones(
     for name in NAMES:
         rows, model = tmp_path / f"{name}.jsonl", tmp_path / f"model-{name}"
         rows.write_text("".join(json.dumps(row) + "\n" for row in site_rows(name)))
-        shutil.copytree(tiny_llama, model)
+        shutil.copytree(tiny_models["llama"], model)
         nodes.append({"site": name, "data-path": str(rows), "model-path": str(model)})
     own = {"data.source": "embedded", "data.partition": "own", "strategy.min-sites": 3}
     home = tmp_path / "flower"
