@@ -324,7 +324,7 @@ class ComposedStrategy(Strategy):
         self._listener.evaluated(server_round, sorted(outcomes, key=lambda o: o.site))
         return None
 
-    def start(  # noqa: PLR0917 (Flower's signature)
+    def start(
         self,
         grid: Grid,
         initial_arrays: ArrayRecord,
