@@ -16,7 +16,7 @@ from flower_app.recorder import Recorder, read_score, score_fields
 from flower_app.roster import Member
 from flower_app.runfolder import RunFolder
 from models.evaluate import Score
-from strategies.flower import Scalar, collect, to_record
+from strategies.flower import Scalar, collect, config_of, to_record
 
 MESSAGE = "train.baseline"
 POOLED = ""  # no site has an empty name
@@ -55,7 +55,7 @@ def report(scores: Mapping[str, Score], own: str) -> dict[str, Scalar]:
 
 
 def _log(recorder: Recorder, folder: RunFolder, reply: Message) -> None:
-    record = ConfigRecord() if reply.has_error() else reply.content.config_records["report"]
+    record = ConfigRecord() if reply.has_error() else config_of(reply.content, "report")
     fields = {k: v for k, v in record.items() if isinstance(v, (bool, int, float, str))}
     if reply.has_error() or "error" in fields:
         reason = reply.error.reason if reply.has_error() else fields["error"]

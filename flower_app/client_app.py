@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from functools import wraps
@@ -40,6 +41,9 @@ _EXPLAINED = (
     OSError, torch.OutOfMemoryError,
 )  # fmt: skip
 
+# What looks like an absolute path, such as the cache from which a model is read.
+_PATH = re.compile(r"(?<![\w.])~?/[\w.~-]+(?:/[\w.~-]+)+")
+
 Handler = Callable[[Message, Config, NodeConfig], RecordDict]
 
 
@@ -56,6 +60,12 @@ def answering(name: str) -> Callable[[Handler], Callable[[Message, Context], Mes
             except _EXPLAINED as error:
                 log(ERROR, "%s", error)
                 content = RecordDict({name: _refusal(error, node)})
+            except Exception as error:
+                if node is None or node.simulated:
+                    raise
+                # Flower would send the text, which may hold anything that the site's rows hold.
+                log(ERROR, "%s", error, exc_info=error)
+                content = RecordDict({name: _refusal(error, node)})
             return Message(content, reply_to=message)
 
         return answer
@@ -65,9 +75,13 @@ def answering(name: str) -> Callable[[Handler], Callable[[Message, Context], Mes
 
 def _refusal(error: Exception, node: NodeConfig | None) -> ConfigRecord:
     simulated = node is not None and node.simulated
-    partitions = node.num_partitions if node is not None and simulated else 0
     return ConfigRecord(
-        {"error": _told(error, node), "simulated": simulated, "partitions": partitions}
+        {
+            "error": _told(error, node),
+            "site": (node.site or f"partition {node.partition_id}") if node else "",
+            "simulated": simulated,
+            "partitions": node.num_partitions if node and simulated else 0,
+        }
     )
 
 
@@ -75,14 +89,14 @@ def _told(error: Exception, node: NodeConfig | None) -> str:
     """What the server learns of an error: at a deployed site no cell of a row, and no path."""
     if node is None or node.simulated:
         return str(error)
-    if isinstance(error, DataError | OSError):
-        return f"{type(error).__name__}: the log at the site says what is wrong with its rows."
+    if isinstance(error, DataError | OSError) or not isinstance(error, _EXPLAINED):
+        return f"{type(error).__name__}: the log at the site says what is wrong."
     text = str(error)
     given = [Path(p) for p in (node.data_path, node.eval_path, node.model_path) if p]
     forms = {str(form) for p in given for form in (p, p.expanduser(), p.expanduser().resolve())}
     for path in sorted(forms, key=len, reverse=True):  # a path within another one goes first
         text = text.replace(path, "...")
-    return text
+    return _PATH.sub("...", text)
 
 
 @app.query()
@@ -117,8 +131,13 @@ def on_train(message: Message, config: Config, node: NodeConfig) -> RecordDict:
     base, payload = _WORKER.model(config, node)
     site = _WORKER.site(config, node)
     received = decode_all(arrays_of(message.content))
-    payload.load(received)
     plan = config_of(message.content, "plan")
+    if plan["layout"] != payload.layout.digest:
+        raise LayoutError(
+            f"Expected the server's layout {str(plan['layout'])[:12]}, got "
+            f"{payload.layout.digest[:12]} at this site; use the same versions of the packages."
+        )
+    payload.load(received)
     round_ = int(str(plan["round"]))
     loaded = time.perf_counter()
     before = _WORKER.score(config, site, payload, pad_token(base))
@@ -132,7 +151,7 @@ def on_train(message: Message, config: Config, node: NodeConfig) -> RecordDict:
     delta = {name: new - received[name] for name, new in payload.select().items()}
     report: dict[str, Scalar] = {
         "round": round_,
-        "layout": str(plan["layout"]),
+        "layout": payload.layout.digest,
         "num-examples": site.rows,
         "examples": site.rows,
         "train_loss": outcome.loss,

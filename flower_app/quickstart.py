@@ -60,4 +60,9 @@ def _override(text: str) -> tuple[str, bool | int | float | str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(
+            "Stopped. Finished rounds are kept: ./scripts/quickstart run.resume=latest goes on."
+        )

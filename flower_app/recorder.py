@@ -55,6 +55,13 @@ class Recorder:
         self._evaluated = {row["round"] for row in folder.rows() if row["kind"] == "evaluation"}
         self._events = _tensorboard(folder) if config.run.tensorboard else None
 
+    def refused(self, reasons: Mapping[str, str]) -> None:
+        """Log the nodes that take no part, as left out before the first round."""
+        for site, reason in reasons.items():
+            self._folder.log(
+                {"kind": "site", "round": 0, "site": site, "status": "refused", "reason": reason}
+            )
+
     def round_finished(self, outcome: RoundOutcome) -> None:
         """Log the round's rows and make it the round to resume from."""
         good = [site for site in outcome.sites if site.status == "ok"]
@@ -184,7 +191,7 @@ def summarise(
         "metric": name,
         "seed": config.run.seed,
         "rounds": len(rounds),
-        "sites": sorted({row["site"] for row in sites}),
+        "sites": sorted({row["site"] for row in sites if row["status"] != "refused"}),
         "model": config.model.name,
         "task": config.model.task,
         "payload": config.payload.kind,

@@ -13,9 +13,18 @@ from flwr.serverapp import Grid
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from models.section import ConfigError
-from strategies.flower import gather
+from strategies.flower import config_of, gather
 
 _LONGEST = 2000  # characters of a text that a site sends
+_NAME = 200  # characters of its name
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Why a node takes no part, and the name it gave, if any."""
+
+    reason: str
+    site: str = ""
 
 
 @dataclass(frozen=True)
@@ -36,7 +45,7 @@ class _Answer(BaseModel):
 
     model_config = ConfigDict(strict=True)
 
-    site: str = Field(min_length=1, max_length=200, pattern=r"\S")
+    site: str = Field(min_length=1, max_length=_NAME, pattern=r"\S")
     rows: int = Field(ge=1)
     held_out: int = Field(ge=0)
     simulated: bool
@@ -50,7 +59,7 @@ class Roster:
     def __init__(self, base_digest: str, timeout: float) -> None:
         self._base_digest = base_digest
         self._timeout = timeout
-        self._known: dict[int, Member | str] = {}  # a member, or why the node is none
+        self._known: dict[int, Member | Refused] = {}  # a member, or why the node is none
         self._late: dict[str, int] = {}  # questions without an answer yet, and whom they went to
         self._refused_of = 0  # partitions of the simulation that a refused node is part of
         self._warned: set[tuple[int, str]] = set()
@@ -69,8 +78,9 @@ class Roster:
             self._known.setdefault(_source(reply), self._judge(reply))
         members: dict[str, Member] = {}
         for node, known in self._known.items():
-            if isinstance(known, str):
-                self._warn(node, f"A node takes no part: {known}")
+            if isinstance(known, Refused):
+                who = known.site or "A node"
+                self._warn(node, f"{who} takes no part: {known.reason}")
             elif known.site in members:
                 self._warn(
                     node, f"Two nodes call themselves {known.site!r}; the second takes no part."
@@ -103,6 +113,11 @@ class Roster:
             self._warned.add((node, text))
             log(WARNING, "%s", text)
 
+    def refused(self) -> dict[str, str]:
+        """Why connected nodes take no part, by the name they gave, or by a number without one."""
+        reasons = [known for known in self._known.values() if isinstance(known, Refused)]
+        return {r.site or f"unnamed {number}": r.reason for number, r in enumerate(reasons, 1)}
+
     def present(self, grid: Grid) -> Mapping[str, int]:
         """Node ids of the connected sites, by name."""
         return {site: member.node_id for site, member in self.refresh(grid).items()}
@@ -117,7 +132,7 @@ class Roster:
         shown = -1
         while True:
             members = self.refresh(grid)
-            refused = [reason for reason in self._known.values() if isinstance(reason, str)]
+            refused = [r.reason for r in self._known.values() if isinstance(r, Refused)]
             partitions = [m.partitions for m in members.values() if m.simulated]
             expected = max(partitions, default=self._refused_of)
             enough = len(members) >= min_sites
@@ -136,30 +151,32 @@ class Roster:
                 log(INFO, "Waiting for sites: %d of %d are here.", shown, expected or min_sites)
             time.sleep(min(0.3, max(deadline - time.monotonic(), 0.01)))
 
-    def _judge(self, reply: Message) -> Member | str:
+    def _judge(self, reply: Message) -> Member | Refused:
         if reply.has_error():
-            return f"it answered the roll call with an error: {reply.error.reason}"[:_LONGEST]
-        record = reply.content.config_records.get("member", ConfigRecord())
+            reason = f"it answered the roll call with an error: {reply.error.reason}"
+            return Refused(reason[:_LONGEST])
+        record = config_of(reply.content, "member")
         values = {key.replace("-", "_"): record[key] for key in record}
-        if reason := values.get("error"):
+        if told := values.get("error"):
             partitions = values.get("partitions")
             if values.get("simulated") is True and isinstance(partitions, int):
                 self._refused_of = max(self._refused_of, partitions)
-            return str(reason)[:_LONGEST]
+            return Refused(str(told)[:_LONGEST], str(values.get("site", ""))[:_NAME])
         base = values.pop("base", None)
         try:
             answer = _Answer.model_validate(values)
         except ValidationError as error:
             wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-            return (
+            return Refused(
                 f"Expected an answer to the roll call with {', '.join(_Answer.model_fields)}, but "
                 f"{wrong}; give that site the same version of the app."
             )
         if base != self._base_digest:
-            return (
+            return Refused(
                 f"Expected site {answer.site!r} to hold the server's base model "
                 f"{self._base_digest[:12]}, got {str(base)[:12]}; give it the same "
-                "files as model-path."
+                "files as model-path.",
+                answer.site,
             )
         return Member(
             answer.site, _source(reply), answer.rows, answer.held_out, answer.simulated,

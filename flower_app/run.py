@@ -5,12 +5,15 @@ from __future__ import annotations
 import importlib.util
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from logging import INFO
+from pathlib import Path
 from typing import Any
 
 from flwr.common.logger import log
 from flwr.serverapp import Grid
+from safetensors import SafetensorError
 from torch import Tensor
 
 from flower_app import compose
@@ -20,7 +23,7 @@ from flower_app.config import Config
 from flower_app.recorder import Recorder, summarise
 from flower_app.report import results_table, write_report
 from flower_app.roster import Member, Roster
-from flower_app.runfolder import Checkpoint, RunFolder, replacing
+from flower_app.runfolder import Checkpoint, CheckpointError, RunFolder, replacing
 from models.payload import Payload
 from models.section import ConfigError
 from strategies.flower import ComposedStrategy, Scalar, decode_all, to_record
@@ -45,22 +48,28 @@ def run(grid: Grid, config: Config) -> RunFolder:
     members = roster.assemble(grid, config.strategy.min_sites, config.run.deadline_s)
     _check_mode(config, members)
     log(INFO, "Sites: %s", ", ".join(f"{m.site} ({m.rows} rows)" for m in members.values()))
+    folder.rewind(config, checkpoint)
+    earlier_s = sum(row["wall_s"] for row in folder.rows() if row["kind"] == "round")
     recorder = Recorder(config, folder, facts)
+    recorder.refused(roster.refused())
     strategy = _strategy(config, payload, roster, recorder, folder)
     if checkpoint:
         strategy.restore(checkpoint.round, checkpoint.state)
         log(INFO, "Going on after round %d.", checkpoint.round)
     startup_s = time.monotonic() - started
     start = checkpoint.payload if checkpoint else initial
-    payload.load(_train(grid, config, strategy, start))
-    trained = time.monotonic()
-    facts |= {"mode": _mode(members)}
     card = {"sites": list(members), "trainable_parameters": payload.layout.size, **facts}
-    _save_adapter(config, folder, payload, base.tokenizer, card)
-    if config.run.baselines:
-        run_baselines(grid, config, members, recorder, folder, initial)
+    try:
+        payload.load(_train(grid, config, strategy, start))
+        trained = time.monotonic()
+        _save_adapter(config, folder, payload, base.tokenizer, card)
+        if config.run.baselines:
+            run_baselines(grid, config, members, recorder, folder, initial)
+    except BaseException:
+        log(INFO, "Report so far: %s", write_report(folder.path))
+        raise
     seconds = {"startup": startup_s, "baselines": time.monotonic() - trained}
-    wall_s = time.monotonic() - started
+    wall_s = earlier_s + time.monotonic() - started
     _finish(config, folder, {**card, "wall_s": wall_s, "mode": _mode(members)}, seconds)
     return folder
 
@@ -93,6 +102,12 @@ def _mode(members: Mapping[str, Member]) -> str:
 
 
 def _check_mode(config: Config, members: Mapping[str, Member]) -> None:
+    deployed = [member.site for member in members.values() if not member.simulated]
+    if deployed and config.data.partition != "own":
+        raise ConfigError(
+            f"Expected data.partition='own' with deployed sites ({', '.join(deployed)}), got "
+            f"{config.data.partition!r}; each of them has rows of its own."
+        )
     if config.run.baselines and _mode(members) == "deployment":
         raise ConfigError(
             "Expected a simulation with run.baselines=true, got deployed sites, whose rows stay "
@@ -131,7 +146,7 @@ def _train(
 def _save_adapter(
     config: Config, folder: RunFolder, payload: Payload, tokenizer: Any, facts: Mapping[str, Any]
 ) -> None:
-    with replacing(folder.adapter) as temporary:
+    with _room(folder.adapter), replacing(folder.adapter) as temporary:
         temporary.mkdir()
         payload.save(temporary)
         if config.payload.kind == "full":
@@ -140,13 +155,24 @@ def _save_adapter(
         (temporary / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
 
 
+@contextmanager
+def _room(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"Expected to write {str(path)!r}, but: {error}. All rounds are safe: free some space "
+            "and run again with run.resume='latest'."
+        ) from error
+
+
 def _finish(
     config: Config, folder: RunFolder, facts: Mapping[str, Any], seconds: Mapping[str, float]
 ) -> None:
     keep = ("trainable_parameters", "wall_s", "mode")
     summary = summarise(config, folder.rows(), {key: facts[key] for key in keep})
     summary["seconds"] |= seconds
-    with replacing(folder.path / "summary.json") as temporary:
+    with _room(folder.path), replacing(folder.path / "summary.json") as temporary:
         text = json.dumps(summary, indent=1, ensure_ascii=False)
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
     report = write_report(folder.path)

@@ -27,7 +27,8 @@ from models.section import ConfigError
 _FREE = ("resume", "rounds", "deadline-s", "roll-call-s", "quorum", "name", "output-dir",
          "baselines", "tensorboard")  # fmt: skip
 _SAFE = "The rounds before it are safe: free some space and run again with run.resume='latest'."
-_FREE_KEYS = frozenset(f"run.{key}" for key in _FREE)
+# A run that stopped for want of sites is told to lower strategy.min-sites.
+_FREE_KEYS = frozenset({f"run.{key}" for key in _FREE} | {"strategy.min-sites"})
 
 
 class CheckpointError(OSError):
@@ -42,6 +43,7 @@ class Checkpoint:
     payload: dict[str, Tensor]
     state: dict[str, Tensor]
     facts: dict[str, str]
+    metrics_bytes: int = 0
 
 
 class RunFolder:
@@ -90,9 +92,13 @@ class RunFolder:
             )
         _compare(config, tomllib.loads((path / "config.toml").read_text(encoding="utf-8")))
         folder = cls(path)
-        checkpoint = folder._last()
-        folder._write_config(config)
-        return folder, checkpoint
+        return folder, folder._last()
+
+    def rewind(self, config: Config, checkpoint: Checkpoint | None) -> None:
+        """Drop the rows after `checkpoint`, which are written again, and store `config`."""
+        # Only once nothing can refuse the run any more: a finished one keeps its results till then.
+        os.truncate(self.metrics, checkpoint.metrics_bytes if checkpoint else 0)
+        self._write_config(config)
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Append one row to metrics.jsonl, null for what is not finite, which JSON cannot say.
@@ -152,7 +158,6 @@ class RunFolder:
         try:
             pointer = json.loads((self._checkpoints / "checkpoint.json").read_bytes())
         except FileNotFoundError:
-            self.metrics.write_bytes(b"")
             return None
         except ValueError as error:
             raise self._unreadable(error) from error
@@ -160,15 +165,12 @@ class RunFolder:
             tensors = load_file(self._checkpoints / pointer["file"])
             if self.metrics.stat().st_size < pointer["metrics_bytes"]:
                 raise ValueError("metrics.jsonl is shorter than it was")
-            checkpoint = Checkpoint(
+            return Checkpoint(
                 pointer["round"], _under("payload/", tensors), _under("state/", tensors),
-                pointer["facts"],
+                pointer["facts"], pointer["metrics_bytes"],
             )  # fmt: skip
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise self._unreadable(error) from error
-        # Rows of a round that was cut short are written again when it is repeated.
-        os.truncate(self.metrics, pointer["metrics_bytes"])
-        return checkpoint
 
     def _unreadable(self, error: Exception) -> CheckpointError:
         return CheckpointError(

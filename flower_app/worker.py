@@ -111,7 +111,7 @@ class Worker:
             pad_id = pad_token(base)
             self._sites[name] = Site(
                 name,
-                len(rows.train),
+                len(rows.train) - train.dropped,
                 self._batches(config, base, train, name),
                 tuple(eval_batches(held_out.examples, config.train.batch_size, pad_id)),
                 held_out.ranked,

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,18 @@ PATHLIKE = (".", "/", "~")
 
 @dataclass(frozen=True)
 class Base:
-    """A loaded base model with its tokenizer, content digest and newly initialised modules."""
+    """A loaded base model with its tokenizer, its folder and newly initialised modules."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    digest: str
+    folder: Path
+    from_scratch: bool
     fresh_modules: tuple[str, ...]
+
+    @cached_property
+    def digest(self) -> str:
+        """Content digest of the folder; reads it whole, so only who compares it asks for it."""
+        return digest_of(self.folder, weights=not self.from_scratch)
 
 
 @dataclass
@@ -145,7 +152,7 @@ def load(config: ModelConfig, *, path: str = "", num_labels: int = 0, seed: int 
         model.enable_input_require_grads()
     if config.quantization == "none":
         model = model.to(device())
-    return Base(model, tokenizer, digest_of(folder, weights=not config.from_scratch), fresh)
+    return Base(model, tokenizer, folder, config.from_scratch, fresh)
 
 
 def _read(

@@ -126,9 +126,11 @@ def gather(grid: Grid, message_ids: Iterable[str], timeout: float) -> Iterator[M
     waiting = set(message_ids)
     deadline = time.monotonic() + timeout
     while waiting:
-        for reply in grid.pull_messages(sorted(waiting)):
-            waiting.discard(reply.metadata.reply_to_message_id)
-            yield reply
+        for message_id in sorted(waiting):
+            # One at a time: Flower holds all that it pulls at once, which may be N whole models.
+            for reply in grid.pull_messages([message_id]):
+                waiting.discard(message_id)
+                yield reply
         left = deadline - time.monotonic()
         if left <= 0:
             return

@@ -17,6 +17,7 @@ from torch import Tensor
 from flower_app import client_app, compose
 from flower_app.config import defaults, parse
 from flower_app.worker import Worker
+from models.layout import Layout
 from strategies.flower import decode_all, to_record
 
 NAMES = ("east", "north", "west")
@@ -144,7 +145,7 @@ class Nodes:
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:  # fmt: skip
         """Train a round; the delta and the report."""
         arrays = self.start(**extra) if start is None else start
-        plan = {"round": round_, "rounds": 2, "layout": "the-layout"}
+        plan = {"round": round_, "rounds": 2, "layout": Layout.of(arrays).digest}
         content = self.ask("train", node, arrays, plan, **extra)
         report = dict(content.config_records["report"])
         if "error" in report:

@@ -14,6 +14,7 @@ from flwr.app import RecordDict
 from flower_app import client_app
 from flower_app.recorder import read_score
 from models.base import digest_of
+from models.layout import Layout
 from tests.flower_app.nodes import NAMES, Nodes, raw, site_rows, write_rows
 
 
@@ -50,7 +51,7 @@ def test_a_training_reply_has_the_delta_and_a_report(nodes: Nodes) -> None:
     assert list(delta) == list(start)
     assert {name: t.shape for name, t in delta.items()} == {n: t.shape for n, t in start.items()}
     assert sum(float(tensor.norm()) for tensor in delta.values()) > 0
-    assert (report["round"], report["layout"], report["steps"]) == (1, "the-layout", 2)
+    assert (report["round"], report["layout"], report["steps"]) == (1, Layout.of(start).digest, 2)
     assert report["num-examples"] == report["examples"] == member["rows"]
     assert 0 < report["useful_tokens"] <= report["tokens"]
     assert math.isfinite(report["train_loss"])

@@ -145,9 +145,9 @@ def test_sites_that_share_a_worker_add_up_but_not_beyond_the_round(recording: Re
 
 def test_each_round_is_the_one_to_resume_from(recording: Recording) -> None:
     two_rounds(recording)
-    again, last = RunFolder.resume(
-        config(recording.folder.path.parent, run__resume=str(recording.folder.path))
-    )
+    resumed = config(recording.folder.path.parent, run__resume=str(recording.folder.path))
+    again, last = RunFolder.resume(resumed)
+    again.rewind(resumed, last)
     assert last is not None
     assert (last.round, last.facts) == (2, {"base": "b", "layout": "l"})
     assert torch.equal(last.payload["a"], PAYLOAD["a"])

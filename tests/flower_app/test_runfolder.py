@@ -50,7 +50,10 @@ def same(one: Checkpoint | None, other: Checkpoint) -> bool:
 
 
 def resumed(base: Path, **changes: Value) -> tuple[RunFolder, Checkpoint | None]:
-    return RunFolder.resume(config(base, run__resume="latest", **changes))
+    again = config(base, run__resume="latest", **changes)
+    folder, last = RunFolder.resume(again)
+    folder.rewind(again, last)
+    return folder, last
 
 
 def test_create_makes_a_folder_and_points_latest_at_it(tmp_path: Path) -> None:

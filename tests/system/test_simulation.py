@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import signal
@@ -90,14 +91,14 @@ def test_resume_after_kill_ends_with_the_same_bytes(
     first = run_app(simulation, config | {"run.output-dir": str(killed)}, sites=3)
     wait_for(lambda: done(1))
     _kill_server(simulation)  # in the middle of round 2, most likely
-    finish(first)
+    first.kill()  # it would wait for the SuperLink to miss the server's heartbeats
     assert not (killed / "latest" / "adapter").exists()
 
     resumed = config | {"run.output-dir": str(killed), "run.resume": "latest"}
     second = run_app(simulation, resumed, sites=3)
     wait_for(lambda: done(3))
     _kill_server(simulation)
-    finish(second)
+    second.kill()
 
     output = finish(run_app(simulation, resumed, sites=3))
     assert adapter_bytes(killed) == expected, output
@@ -127,3 +128,7 @@ def test_failing_site_is_left_out_with_its_reason(
     summary = json.loads((tmp_path / "latest" / "summary.json").read_text())
     assert summary["sites"] == ["fern"], output
     assert "takes no part" in output
+    left_out = [entry for entry in summary["quarantined"] if entry["status"] == "refused"]
+    assert [entry["round"] for entry in left_out] == [0]
+    assert "train.max-length" in left_out[0]["reason"]
+    assert left_out[0]["reason"] in html.unescape((tmp_path / "latest" / "report.html").read_text())
