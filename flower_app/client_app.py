@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+import traceback
 from collections.abc import Callable
 from functools import wraps
 from importlib.metadata import version
@@ -64,7 +65,7 @@ def answering(name: str) -> Callable[[Handler], Callable[[Message, Context], Mes
                 if node is None or node.simulated:
                     raise
                 # Flower would send the text, which may hold anything that the site's rows hold.
-                log(ERROR, "%s", error, exc_info=error)
+                log(ERROR, "%s", "".join(traceback.format_exception(error)))
                 content = RecordDict({name: _refusal(error, node)})
             return Message(content, reply_to=message)
 

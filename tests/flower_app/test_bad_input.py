@@ -14,6 +14,7 @@ from flwr.app import Message
 
 from flower_app.recorder import read_score
 from flower_app.roster import Roster
+from flower_app.worker import Worker
 from models.base import digest_of
 from models.section import ConfigError
 from tests.fakes import Answer, FakeGrid, at_the_server
@@ -290,3 +291,17 @@ def test_training_that_diverges_is_a_reason_not_a_crash(nodes: Nodes) -> None:
     )  # fmt: skip
     assert re.match(r"Expected a finite training loss, got .*; lower train\.learn", report["error"])
     assert nodes.train(nodes.simulated(0))[1]["steps"] == 2
+
+
+def test_an_unforeseen_error_at_a_deployed_site_says_nothing_of_its_rows(
+    nodes: Nodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise KeyError("a patient's name")
+
+    monkeypatch.setattr(Worker, "site", fail)
+    told = nodes.member(nodes.deployed("north"))["error"]
+    assert told == "KeyError: the log at the site says what is wrong."
+    assert "a patient's name" in nodes.errors[0]
+    with pytest.raises(KeyError):  # a simulation shows everything
+        nodes.member(nodes.simulated(0))

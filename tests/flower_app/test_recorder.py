@@ -318,3 +318,13 @@ def test_sizes_are_in_the_unit_a_person_would_pick() -> None:
     assert [human_bytes(n) for n in (0, 1023, 1024, 1536, 5 * 2**20, 3 * 2**30)] == [
         "0 B", "1023 B", "1.0 KiB", "1.5 KiB", "5.0 MiB", "3.00 GiB",
     ]  # fmt: skip
+
+
+def test_tensorboard_gets_the_held_out_scores(tmp_path: Path) -> None:
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    asked = config(tmp_path, run__tensorboard=True)
+    folder = RunFolder.create(asked)
+    Recorder(asked, folder, {}).evaluated(0, [site("ann", report(Score(3.0, 2)))])
+    read = events.EventAccumulator(str(folder.path / "tensorboard")).Reload()
+    (loss,) = read.Scalars("held-out/loss")
+    assert (loss.step, loss.value) == (0, pytest.approx(1.5))

@@ -1,0 +1,89 @@
+"""A run at the server when things go wrong: what is finished stays, and the report says why."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import pytest
+from flwr.app import Message
+
+from flower_app import run as server
+from flower_app.config import Config, Value, defaults, parse
+from flower_app.runfolder import CheckpointError
+from models.base import digest_of
+from models.section import ConfigError
+from strategies.flower import RoundError
+from tests.fakes import Answer, FakeGrid, Field, Site, at_the_server
+
+
+def config(model: Path, base: Path, **changes: Value) -> Config:
+    flat = {name.replace("__", ".").replace("_", "-"): value for name, value in changes.items()}
+    own: dict[str, Value] = {
+        "model.name": str(model), "run.output-dir": str(base), "run.rounds": 2,
+        "run.deadline-s": 2.0, "data.partition": "own", "train.max-length": 32,
+    }  # fmt: skip
+    return parse({**defaults(), **own, **flat})
+
+
+def site(name: str, model: Path, reason: str, **changes: Field) -> Site:
+    """A deployed site that presents itself well and then fails with `reason`."""
+
+    def answer(question: Message) -> Iterable[Answer]:
+        if question.metadata.message_type == "query":
+            card: dict[str, Field] = {
+                "site": name, "rows": 9, "held-out": 1, "base": digest_of(model),
+                "simulated": False, "partitions": 0, "versions": "1",
+            }  # fmt: skip
+            return [Answer(report=card | changes, record="member")]
+        return [Answer(report={"error": reason})]
+
+    return answer
+
+
+def latest(base: Path) -> list[dict[str, object]]:
+    lines = (base / "latest" / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_a_run_without_quorum_still_has_a_report(
+    tiny_models: Mapping[str, Path], tmp_path: Path
+) -> None:
+    model = tiny_models["llama"]
+    grid = FakeGrid({1: site("ann", model, "no disk"), 2: site("bob", model, "no <b>luck</b>")})
+    with at_the_server(), pytest.raises(RoundError, match=r"ann: no disk; bob: .*safe"):
+        server.run(grid, config(model, tmp_path))
+    assert (tmp_path / "latest" / "report.html").is_file()
+    assert not (tmp_path / "latest" / "adapter").exists()
+
+
+def test_refused_sites_are_in_the_metrics_and_the_report(
+    tiny_models: Mapping[str, Path], tmp_path: Path
+) -> None:
+    model = tiny_models["llama"]
+    bad = site("eve", model, "", base="another model")
+    grid = FakeGrid({1: site("ann", model, "no disk"), 2: bad})
+    with at_the_server(), pytest.raises(RoundError):
+        server.run(grid, config(model, tmp_path))
+    rows = [row for row in latest(tmp_path) if row["kind"] == "site"]
+    assert [(row["site"], row["round"], row["status"]) for row in rows] == [("eve", 0, "refused")]
+    page = html.unescape((tmp_path / "latest" / "report.html").read_text())
+    assert "Expected site 'eve' to hold the server's base model" in page
+
+
+def test_deployed_sites_are_not_partitioned(
+    tiny_models: Mapping[str, Path], tmp_path: Path
+) -> None:
+    model = tiny_models["llama"]
+    wrong = config(model, tmp_path, data__partition="natural")
+    grid = FakeGrid({1: site("ann", model, "")})
+    with at_the_server(), pytest.raises(ConfigError, match=r"data\.partition='own' .*ann"):
+        server.run(grid, wrong)
+
+
+def test_a_full_disk_under_the_adapter_says_that_rounds_are_safe(tmp_path: Path) -> None:
+    said = r"All rounds are safe.*run\.resume='latest'"
+    with pytest.raises(CheckpointError, match=said), server._room(tmp_path):
+        raise OSError(28, "No space left on device")
