@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import astuple
 from logging import INFO, WARNING
 from typing import Any
 
@@ -108,6 +109,7 @@ class Recorder:
             **self.score(total),
             "eval_tokens": total.counted,
             "per_site": {site: self.score(score) for site, score in scores.items()},
+            "sums": {site: list(astuple(score)) for site, score in scores.items()},
         }
         self._folder.log(row)
         log(INFO, "Held-out after round %d: loss %.4f, %s %.4f", round_, total.loss, self._metric,
@@ -119,8 +121,7 @@ class Recorder:
 
     def score(self, score: Score) -> dict[str, float | None]:
         """Loss and the task's metric of a score, None where there were no rows."""
-        values = {"loss": score.loss, self._metric: score.metric(self._metric)}
-        return {name: value if math.isfinite(value) else None for name, value in values.items()}
+        return _score(score, self._metric)
 
     def _site_row(self, round_: int, site: SiteOutcome) -> dict[str, Any]:
         row: dict[str, Any] = {
@@ -166,6 +167,11 @@ class Recorder:
         }
 
 
+def _score(score: Score, metric_name: str) -> dict[str, float | None]:
+    values = {"loss": score.loss, metric_name: score.metric(metric_name)}
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+
 def summarise(
     config: Config, rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -179,12 +185,17 @@ def summarise(
     local = [row for row in rows if row["kind"] == "baseline" and row["name"] == "local"]
     central = [row for row in rows if row["kind"] == "baseline" and row["name"] == "central"]
 
+    first, last = evaluations.get(0), evaluations.get(len(rounds))
+    # A site that was missing at one end would have the two compared on different rows.
+    both = [set(row["sums"]) for row in (first, last) if row]
+    common = sorted(set.intersection(*both)) if both else []
+
     def score(row: Mapping[str, Any] | None) -> dict[str, Any] | None:
         if row is None:
             return None
-        of_sites = list(row.get("per_site", {}).values())
-        own = {f"own_{key}": value for key, value in _average(of_sites, ("loss", name)).items()}
-        return {"loss": row["loss"], name: row[name]} | (own if of_sites else {})
+        scores = [Score(*row["sums"][site]) for site in common]
+        own = _average([_score(score, name) for score in scores], ("loss", name))
+        return _score(sum(scores, Score()), name) | {f"own_{k}": v for k, v in own.items()}
 
     return {
         "name": config.run.name,
@@ -196,10 +207,10 @@ def summarise(
         "task": config.model.task,
         "payload": config.payload.kind,
         "rule": config.strategy.rule,
-        "zero_shot": score(evaluations.get(0)),
+        "zero_shot": score(first),
         "local": _average(local, ("loss", name, "own_loss", f"own_{name}")) if local else None,
-        "federated": score(evaluations.get(len(rounds))),
-        "central": score(central[-1] if central else None),
+        "federated": score(last),
+        "central": {key: central[-1][key] for key in ("loss", name)} if central else None,
         "bytes_down_per_round": _per_round(rounds, "bytes_down"),
         "bytes_up_per_round": _per_round(rounds, "bytes_up"),
         "tokens_per_s": tokens / wall if wall else 0.0,

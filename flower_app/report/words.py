@@ -82,9 +82,9 @@ def travelled(run: Run) -> list[str]:
         said.append("This run was a simulation: all sites were processes on one machine.")
         if run.summary.get("central"):
             said[-1] += (
-                " To compare, it also trained one model on all rows in one place, for as many steps "
-                "as one site takes, so that the sites together saw more rows than it did; nothing "
-                "of that went into the federated model."
+                " To compare, it also trained one model on all rows in one place, for as many "
+                "steps as one site takes, so that the sites together saw more rows than it did; "
+                "nothing of that went into the federated model."
             )
     return said
 

@@ -109,7 +109,9 @@ def test_rows_hold_what_was_promised(recording: Recording) -> None:
     assert [set(row) for row in recording.rows("site")] == [SITE_ROW] * 4
     assert [set(row) for row in recording.rows("round")] == [ROUND_ROW] * 2
     for row in recording.rows("evaluation"):
-        assert set(row) == {"kind", "round", "loss", "perplexity", "eval_tokens", "per_site"}
+        assert set(row) == {
+            "kind", "round", "loss", "perplexity", "eval_tokens", "per_site", "sums"
+        }  # fmt: skip
     first = recording.rows("site")[0]
     assert (first["site"], first["loss_before"], first["loss_after"]) == ("ann", 4.0, 3.0)
     assert first["metric_after"] == pytest.approx(math.exp(3.0))
@@ -328,3 +330,13 @@ def test_tensorboard_gets_the_held_out_scores(tmp_path: Path) -> None:
     read = events.EventAccumulator(str(folder.path / "tensorboard")).Reload()
     (loss,) = read.Scalars("held-out/loss")
     assert (loss.step, loss.value) == (0, pytest.approx(1.5))
+
+
+def test_before_and_after_are_compared_on_the_rows_of_the_same_sites(recording: Recording) -> None:
+    recorder = recording.recorder
+    # Bob is missing in round 1, so that nothing is known of him before training.
+    recorder.round_finished(outcome(1, site("ann", report(Score(8.0, 2)))))
+    both = [site("ann", report(Score(6.0, 2))), site("bob", report(Score(1.0, 2)))]
+    recorder.evaluated(1, both)
+    summary = summarise(recording.config, recording.folder.rows(), {})
+    assert (summary["zero_shot"]["loss"], summary["federated"]["loss"]) == (4.0, 3.0)
