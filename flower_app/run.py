@@ -6,7 +6,7 @@ import importlib.util
 import json
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from logging import INFO
 from pathlib import Path
 from typing import Any
@@ -129,9 +129,13 @@ def _strategy(
         quorum=config.run.quorum,
         members=roster.present,
         plan=plan,
-        spool=folder.path / "spool",
+        spool=_spool(folder),
         listener=recorder,
     )
+
+
+def _spool(folder: RunFolder) -> Path:
+    return folder.path / "spool"
 
 
 def _train(
@@ -175,6 +179,8 @@ def _finish(
     with _room(folder.path), replacing(folder.path / "summary.json") as temporary:
         text = json.dumps(summary, indent=1, ensure_ascii=False)
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+    with suppress(OSError):
+        _spool(folder).rmdir()  # empty after every round
     report = write_report(folder.path)
     log(INFO, "\n\n%s\n", results_table(summary))
     for what, path in {"Adapter": folder.adapter, "Report": report, "Folder": folder.path}.items():
