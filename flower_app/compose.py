@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from flower_app.config import Config
+from flower_app.data.format import prompt_maker
 from flower_app.data.site import label_names
 from models import attention, base, payload
 from models.base import Base
@@ -14,13 +15,17 @@ from strategies.stage import Rule
 
 
 def check_names(config: Config) -> None:
-    """Refuse unknown payload kinds, rules, stages and options; raises ConfigError."""
+    """Refuse unknown payload kinds, rules, stages, options and template fields.
+
+    Raises ConfigError, and DataError for the template.
+    """
     payload.check_kind(config.payload)
     if config.train.packing == "on" and prompting(config.payload.kind):
         raise ConfigError(
             f"Expected train.packing='off' or 'auto' with payload.kind={config.payload.kind!r}, "
             "got 'on'; virtual tokens belong to one document each."
         )
+    prompt_maker(config.data.template)
     registry.build(config.strategy)
 
 

@@ -13,7 +13,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
-from flower_app.config import defaults, parse
+from flower_app.config import Config, defaults, parse
+from flower_app.data.format import prompt_maker
 from models import base
 from models.payload import virtual_tokens
 from models.section import ConfigError
@@ -47,7 +48,8 @@ def generate(options: argparse.Namespace) -> None:
             "with --run, such as runs/latest."
         )
     try:
-        model, tokenizer = _read(folder, options.base)
+        config = _config(folder)
+        model, tokenizer = _read(config, folder, options.base)
     except (ConfigError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # A damaged file makes the libraries raise whatever they meet.
@@ -55,7 +57,10 @@ def generate(options: argparse.Namespace) -> None:
             f"Expected a run that can be read in {str(folder)!r}, got {type(error).__name__}: "
             f"{error}; name another with --run, or run it again."
         ) from error
-    ids = _prompt(tokenizer, options.prompt)
+    text = options.prompt
+    if config.data.format in ("instruct", "choice"):
+        text = prompt_maker(config.data.template)(text, "")  # asked as it was trained
+    ids = _prompt(tokenizer, text)
     sampling = {"do_sample": options.temperature > 0}
     if sampling["do_sample"]:
         sampling["temperature"] = options.temperature
@@ -70,11 +75,15 @@ def generate(options: argparse.Namespace) -> None:
         )
 
 
-def _read(folder: Path, plain: bool) -> tuple[Any, Any]:
-    """Model and tokenizer of a run; `plain` leaves out what the run has trained."""
+def _config(folder: Path) -> Config:
+    """Configuration of a run."""
     nested = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
     stored = {f"{s}.{key}": value for s, keys in nested.items() for key, value in keys.items()}
-    config = parse(defaults() | stored)  # a run of an older version may lack a newer key
+    return parse(defaults() | stored)  # a run of an older version may lack a newer key
+
+
+def _read(config: Config, folder: Path, plain: bool) -> tuple[Any, Any]:
+    """Model and tokenizer of a run; `plain` leaves out what the run has trained."""
     if config.model.task != "causal-lm":
         raise ConfigError("Expected a run of a causal-lm, got a classification, which has no text.")
     model_folder = base.find_folder(config.model.name)

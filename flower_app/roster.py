@@ -133,8 +133,9 @@ class Roster:
         while True:
             members = self.refresh(grid)
             refused = [r.reason for r in self._known.values() if isinstance(r, Refused)]
-            partitions = [m.partitions for m in members.values() if m.simulated]
-            expected = max(partitions, default=self._refused_of)
+            simulated = all(member.simulated for member in members.values())
+            partitions = [member.partitions for member in members.values() if simulated]
+            expected = max(partitions, default=0 if members else self._refused_of)
             enough = len(members) >= min_sites
             all_here = len(members) + len(refused) >= (expected or min_sites)
             late = time.monotonic() > deadline

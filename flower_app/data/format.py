@@ -133,17 +133,17 @@ def _prompts(rows: Dataset, config: DataConfig) -> list[str]:
     inputs = [""] * len(prompts)
     if config.input_column:
         inputs = _texts(rows, config.input_column, null_as="")
-    if not config.template:
-        return [
-            f"{prompt}\n{extra}\n" if extra else f"{prompt}\n"
-            for prompt, extra in zip(prompts, inputs, strict=True)
-        ]
-    fill = _filler(config.template)
+    fill = prompt_maker(config.template)
     return [fill(prompt, extra) for prompt, extra in zip(prompts, inputs, strict=True)]
 
 
-def _filler(template: str) -> Callable[[str, str], str]:
-    """Function that puts a prompt and an input into a checked template."""
+def prompt_maker(template: str) -> Callable[[str, str], str]:
+    """Function that joins a prompt and an input as `data.template` says.
+
+    Raises DataError for a template with other fields than these.
+    """
+    if not template:
+        return lambda prompt, extra: f"{prompt}\n{extra}\n" if extra else f"{prompt}\n"
     try:
         fields = {name for _, name, _, _ in Formatter().parse(template) if name is not None}
     except ValueError as error:

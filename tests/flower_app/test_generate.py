@@ -178,3 +178,10 @@ def test_the_prompt_is_required(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["--run", "somewhere"])
     assert "--prompt" in capfd.readouterr().err
+
+
+def test_an_instruct_run_is_asked_as_it_was_trained(
+    capfd: pytest.CaptureFixture[str], make_run: MakeRun
+) -> None:
+    run = make_run(data__format="instruct", data__template="Q: {prompt} A:")
+    assert written(capfd, run).lstrip().startswith("Q: the cat A:")
