@@ -66,7 +66,8 @@ def run(grid: Grid, config: Config) -> RunFolder:
         if config.run.baselines:
             run_baselines(grid, config, members, recorder, folder, initial)
     except BaseException:
-        log(INFO, "Report so far: %s", write_report(folder.path))
+        with suppress(OSError, ValueError):  # what ended the run matters, not its report
+            log(INFO, "Report so far: %s", write_report(folder.path))
         raise
     seconds = {"startup": startup_s, "baselines": time.monotonic() - trained}
     wall_s = earlier_s + time.monotonic() - started

@@ -87,3 +87,16 @@ def test_a_full_disk_under_the_adapter_says_that_rounds_are_safe(tmp_path: Path)
     said = r"All rounds are safe.*run\.resume='latest'"
     with pytest.raises(CheckpointError, match=said), server._room(tmp_path):
         raise OSError(28, "No space left on device")
+
+
+def test_a_report_that_cannot_be_written_does_not_hide_what_ended_the_run(
+    tiny_models: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(folder: Path) -> Path:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(server, "write_report", full)
+    model = tiny_models["llama"]
+    grid = FakeGrid({1: site("ann", model, "no disk")})
+    with at_the_server(), pytest.raises(RoundError, match="ann: no disk"):
+        server.run(grid, config(model, tmp_path))
