@@ -16,7 +16,7 @@ from flower_app.recorder import Recorder, read_score, score_fields
 from flower_app.roster import Member
 from flower_app.runfolder import RunFolder
 from models.evaluate import Score
-from strategies.flower import Scalar, collect, config_of, to_record
+from strategies.messages import Scalar, collect, config_of, to_record
 
 MESSAGE = "train.baseline"
 POOLED = ""  # no site has an empty name

@@ -29,7 +29,7 @@ from models.section import ConfigError
 from models.text import EncodingError
 from models.train import TrainingError
 from models.wire import WireError
-from strategies.flower import Scalar, arrays_of, config_of, decode_all, to_record
+from strategies.messages import Scalar, arrays_of, config_of, decode_all, to_record
 
 app = ClientApp()
 

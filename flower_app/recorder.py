@@ -15,7 +15,8 @@ from flower_app.compose import metric
 from flower_app.config import Config
 from flower_app.runfolder import Checkpoint, RunFolder
 from models.evaluate import Score
-from strategies.flower import RoundOutcome, Scalar, SiteOutcome
+from strategies.flower import RoundOutcome
+from strategies.messages import Scalar, SiteOutcome
 
 _NUMBERS = ("train_loss", "load_s", "train_s", "eval_s")
 _COUNTS = ("examples", "steps", "tokens", "useful_tokens", "base_reads")

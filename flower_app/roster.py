@@ -13,7 +13,7 @@ from flwr.serverapp import Grid
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from models.section import ConfigError
-from strategies.flower import config_of, gather
+from strategies.messages import config_of, gather
 
 _LONGEST = 2000  # characters of a text that a site sends
 _NAME = 200  # characters of its name

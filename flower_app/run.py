@@ -26,7 +26,8 @@ from flower_app.roster import Member, Roster
 from flower_app.runfolder import Checkpoint, CheckpointError, RunFolder, replacing
 from models.payload import Payload
 from models.section import ConfigError
-from strategies.flower import ComposedStrategy, Scalar, decode_all, to_record
+from strategies.flower import ComposedStrategy
+from strategies.messages import Scalar, decode_all, to_record
 
 
 def run(grid: Grid, config: Config) -> RunFolder:

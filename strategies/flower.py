@@ -4,22 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from logging import INFO
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
-from flwr.app import (
-    Array,
-    ArrayRecord,
-    ConfigRecord,
-    Message,
-    MessageType,
-    MetricRecord,
-    RecordDict,
-)
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
@@ -27,34 +19,18 @@ from torch import Tensor
 
 from models.layout import Layout
 from models.seeds import derive
-from models.wire import RawArray, decode, encode
 from strategies.cohort import Cohort, Delta, Spool, norm
 from strategies.config import StrategyConfig
-from strategies.gate import Gate, Refusal, Reply, Update
+from strategies.gate import Gate, Refusal, Update
+from strategies.messages import Scalar, SiteOutcome, collect, decode_all, read_reply, to_record
 from strategies.sampling import TooFewSites, sample
 from strategies.stage import Rule, State
 
-Scalar = bool | int | float | str
-_STYPE = "florilegium.raw"  # little-endian bytes: Flower's own numpy format has no bfloat16
-_POLL_S = 0.2
 _RESUME = "run again with run.resume='latest'"
-_LONGEST = 2000  # characters of a site's reason that are kept
 
 
 class RoundError(RuntimeError):
     """A round that too few sites answered well; the rounds before it are safe."""
-
-
-@dataclass(frozen=True)
-class SiteOutcome:
-    """What one asked site answered in a round; sizes in bytes of payload."""
-
-    site: str
-    status: Literal["ok", "quarantined", "failed", "missing"]
-    reason: str
-    report: Mapping[str, Scalar]
-    bytes_down: int
-    bytes_up: int
 
 
 @dataclass(frozen=True)
@@ -78,64 +54,6 @@ class Listener(Protocol):
 
     def evaluated(self, round_: int, sites: Sequence[SiteOutcome]) -> None:
         """Called with the scores of the global payload after `round_` rounds."""
-
-
-def to_record(tensors: Mapping[str, Tensor]) -> ArrayRecord:
-    """Pack named tensors into an ArrayRecord of raw bytes, in order."""
-    raw = {name: encode(tensor) for name, tensor in tensors.items()}
-    return ArrayRecord({name: Array(r.dtype, r.shape, _STYPE, r.data) for name, r in raw.items()})
-
-
-def from_record(record: ArrayRecord) -> dict[str, RawArray]:
-    """Take the raw arrays out of an ArrayRecord, unchecked."""
-    return {
-        name: RawArray(array.dtype, tuple(array.shape), array.data)
-        for name, array in record.items()
-    }
-
-
-def arrays_of(content: RecordDict, name: str = "arrays") -> ArrayRecord:
-    """The ArrayRecord `name` of a message; an empty one where there is none.
-
-    Flower's own `content.array_records` and `config_records` are reference cycles, which keep a
-    whole message in memory until Python next looks for cycles: with a large model loaded that is
-    many messages later, and the server's memory would grow with the number of sites.
-    """
-    record = content.get(name)
-    return record if isinstance(record, ArrayRecord) else ArrayRecord()
-
-
-def config_of(content: RecordDict, name: str) -> ConfigRecord:
-    """The ConfigRecord `name` of a message; an empty one where there is none."""
-    record = content.get(name)
-    return record if isinstance(record, ConfigRecord) else ConfigRecord()
-
-
-def decode_all(record: ArrayRecord) -> dict[str, Tensor]:
-    """Tensors of an ArrayRecord by name; raises WireError for bytes that do not fit."""
-    return {name: decode(raw) for name, raw in from_record(record).items()}
-
-
-def collect(grid: Grid, messages: Iterable[Message], timeout: float) -> Iterator[Message]:
-    """Push messages and yield the replies as they come, for at most `timeout` seconds."""
-    yield from gather(grid, filter(None, grid.push_messages(messages)), timeout)
-
-
-def gather(grid: Grid, message_ids: Iterable[str], timeout: float) -> Iterator[Message]:
-    """Yield the replies to messages as they come, for at most `timeout` seconds; 0 looks once."""
-    waiting = set(message_ids)
-    deadline = time.monotonic() + timeout
-    while waiting:
-        for message_id in sorted(waiting):
-            # One at a time: Flower holds all that it pulls at once, which may be N whole models.
-            for reply in grid.pull_messages([message_id]):
-                waiting.discard(message_id)
-                yield reply
-        left = deadline - time.monotonic()
-        if left <= 0:
-            return
-        if waiting:
-            time.sleep(min(_POLL_S, left))
 
 
 class ComposedStrategy(Strategy):
@@ -268,7 +186,7 @@ class ComposedStrategy(Strategy):
                 why = message.error.reason if message.has_error() else "its node was not asked"
                 log(INFO, "A reply is dropped: %s.", why)
                 continue
-            outcome, reply = _read(site, message, down)
+            outcome, reply = read_reply(site, message, down)
             if reply is not None:
                 try:
                     update = gate.admit(reply)
@@ -319,7 +237,7 @@ class ComposedStrategy(Strategy):
     ) -> MetricRecord | None:
         """Hand the sites' scores to the listener; they are never mixed into the model."""
         outcomes = [
-            _read(site, message, 4 * self._layout.size)[0]
+            read_reply(site, message, 4 * self._layout.size)[0]
             for message in replies
             if (site := self._asked.get(message.metadata.src_node_id)) is not None
         ]
@@ -364,35 +282,3 @@ class ComposedStrategy(Strategy):
     ) -> None:
         messages = self.configure_evaluate(round_, arrays, config, grid)
         self.aggregate_evaluate(round_, collect(grid, messages, timeout))
-
-
-def _read(site: str, message: Message, bytes_down: int) -> tuple[SiteOutcome, Reply | None]:
-    """Take a reply apart without trusting it; no Reply when the site says that it failed."""
-    if message.has_error():
-        reason = message.error.reason or f"Flower's error code {message.error.code}"
-        return SiteOutcome(site, "failed", reason[:_LONGEST], {}, bytes_down, 0), None
-    content = message.content
-    arrays = from_record(arrays_of(content))
-    record = config_of(content, "report")
-    report = {k: v for k, v in record.items() if isinstance(v, (bool, int, float, str))}
-    size = sum(len(raw.data) for raw in arrays.values())
-    if error := report.get("error"):
-        return SiteOutcome(site, "failed", str(error)[:_LONGEST], report, bytes_down, size), None
-    reply = Reply(
-        site=site,
-        round=report.get("round"),
-        layout_digest=report.get("layout"),
-        num_examples=report.get("num-examples"),
-        arrays=arrays,
-        nbytes=_nbytes(content),
-    )
-    return SiteOutcome(site, "ok", "", report, bytes_down, size), reply
-
-
-def _nbytes(content: RecordDict) -> int:
-    """About how much a message holds; Flower's own count fails on an empty string or list."""
-    return sum(
-        len(key) + (len(value.data) if isinstance(value, Array) else len(str(value)))
-        for record in content.values()
-        for key, value in record.items()
-    )

@@ -21,7 +21,7 @@ ROOMS: dict[str, set[str]] = {
 }  # fmt: skip
 # Third-party packages with a home: package -> where it may be imported.
 HOMES: dict[str, tuple[str, ...]] = {
-    "flwr": ("flower_app/", "strategies/flower.py"),
+    "flwr": ("flower_app/", "strategies/flower.py", "strategies/messages.py"),
     "flwr_datasets": ("flower_app/data/",),
     "matplotlib": ("flower_app/report/",),
     "transformers": ("models/", "flower_app/generate.py", "flower_app/bench/"),

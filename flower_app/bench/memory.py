@@ -27,7 +27,8 @@ from flower_app.bench.output import Outcome, Progress, table
 from models.layout import Layout
 from strategies import registry
 from strategies.config import StrategyConfig
-from strategies.flower import ComposedStrategy, RoundOutcome, SiteOutcome, to_record
+from strategies.flower import ComposedStrategy, RoundOutcome
+from strategies.messages import SiteOutcome, to_record
 
 SIZE = 10_000_000
 TENSORS = 10

@@ -18,7 +18,7 @@ from flower_app import client_app, compose
 from flower_app.config import defaults, parse
 from flower_app.worker import Worker
 from models.layout import Layout
-from strategies.flower import decode_all, to_record
+from strategies.messages import decode_all, to_record
 
 NAMES = ("east", "north", "west")
 WORDS = (

@@ -18,7 +18,8 @@ from flower_app.recorder import Recorder, human_bytes, read_score, score_fields,
 from flower_app.report import results_table, write_report
 from flower_app.runfolder import RunFolder
 from models.evaluate import Score
-from strategies.flower import RoundOutcome, Scalar, SiteOutcome
+from strategies.flower import RoundOutcome
+from strategies.messages import Scalar, SiteOutcome
 
 PAYLOAD = {"a": torch.ones(2)}
 # What a run promises to hold (see the README).

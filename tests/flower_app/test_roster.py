@@ -11,7 +11,7 @@ from flwr.app import Error, Message
 
 from flower_app.roster import Roster
 from models.section import ConfigError
-from strategies import flower
+from strategies import messages
 from tests.fakes import Answer, FakeGrid, Field, Site, at_the_server, silent
 
 BASE = "c0ffee" * 10
@@ -19,7 +19,7 @@ BASE = "c0ffee" * 10
 
 @pytest.fixture(autouse=True)
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(flower, "_POLL_S", 0.001)  # look often
+    monkeypatch.setattr(messages, "_POLL_S", 0.001)  # look often
     with at_the_server():
         yield
 

@@ -20,16 +20,10 @@ from torch import Tensor
 
 from models.layout import Layout
 from models.seeds import derive
-from strategies import cohort, flower, registry
+from strategies import cohort, messages, registry
 from strategies.config import StrategyConfig
-from strategies.flower import (
-    ComposedStrategy,
-    RoundError,
-    RoundOutcome,
-    SiteOutcome,
-    decode_all,
-    to_record,
-)
+from strategies.flower import ComposedStrategy, RoundError, RoundOutcome
+from strategies.messages import SiteOutcome, decode_all, to_record
 from tests.fakes import Answer, FakeGrid, Field, Site, at_the_server, silent
 
 LAYOUT = Layout(("a", "b", "c"), ((2, 3), (4,), ()))
@@ -41,7 +35,7 @@ Spoil = Callable[[Answer], Answer]
 
 @pytest.fixture(autouse=True)
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(flower, "_POLL_S", 0.001)  # look often
+    monkeypatch.setattr(messages, "_POLL_S", 0.001)  # look often
     with at_the_server():
         yield
 
@@ -562,5 +556,5 @@ def test_size_of_a_message_counts_everything_in_it() -> None:
     arrays = {"w": Array("float32", (2,), "florilegium.raw", bytes(8))}
     grid = FakeGrid({1: lambda q: [replace(content, arrays=arrays)]})
     question = Message(RecordDict(), 1, "query")
-    (reply,) = flower.collect(grid, [question], 1.0)
-    assert 8 + 10 + 5 <= flower._nbytes(reply.content) <= 8 + 10 + 5 + 20
+    (reply,) = messages.collect(grid, [question], 1.0)
+    assert 8 + 10 + 5 <= messages._nbytes(reply.content) <= 8 + 10 + 5 + 20
