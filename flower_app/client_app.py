@@ -7,7 +7,6 @@ import time
 import traceback
 from collections.abc import Callable
 from functools import wraps
-from importlib.metadata import version
 from logging import ERROR, INFO
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from flwr.common.logger import log
 from flower_app import baselines
 from flower_app.config import Config, parse
 from flower_app.data.source import DataError
-from flower_app.node import NodeConfig, parse_node
+from flower_app.node import NodeConfig, parse_node, versions
 from flower_app.recorder import score_fields
 from flower_app.worker import Worker, pad_token, steps_per_round, train_round, worker_name
 from models.batches import BatchError
@@ -115,10 +114,7 @@ def on_roll_call(message: Message, config: Config, node: NodeConfig) -> RecordDi
             "base": base.digest,
             "simulated": node.simulated,
             "partitions": node.num_partitions,
-            "notes": site.notes,
-            "versions": ", ".join(
-                f"{name} {version(name)}" for name in ("flwr", "torch", "transformers", "peft")
-            ),
+            "versions": versions(),
         }
     )
     return RecordDict({"member": member})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.metadata import version
 
 from pydantic import Field, ValidationError
 
@@ -47,3 +48,10 @@ def parse_node(values: Mapping[str, bool | int | float | str | bytes]) -> NodeCo
             f"{node.partition_id} of {node.num_partitions}; count partitions from 0."
         )
     return node
+
+
+def versions() -> str:
+    """Versions of the packages that decide the bits of a result."""
+    return ", ".join(
+        f"{name} {version(name)}" for name in ("flwr", "torch", "transformers", "peft")
+    )

@@ -12,6 +12,7 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from flower_app.node import versions
 from models.section import ConfigError
 from strategies.messages import config_of, gather
 
@@ -87,6 +88,7 @@ class Roster:
                 )
             else:
                 members[known.site] = known
+                self._compare_versions(known)
         return dict(sorted(members.items()))
 
     def _answers(self, grid: Grid, connected: set[int]) -> list[Message]:
@@ -112,6 +114,14 @@ class Roster:
         if (node, text) not in self._warned:
             self._warned.add((node, text))
             log(WARNING, "%s", text)
+
+    def _compare_versions(self, member: Member) -> None:
+        if member.versions != versions():
+            self._warn(
+                member.node_id,
+                f"{member.site} runs {member.versions}, the server {versions()}: the same seed may "
+                "give other bits there.",
+            )
 
     def refused(self) -> dict[str, str]:
         """Why connected nodes take no part, by the name they gave, or by a number without one."""

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 from flwr.app import Error, Message
 
+from flower_app.node import versions
 from flower_app.roster import Roster
 from models.section import ConfigError
 from strategies import messages
@@ -27,7 +28,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def card(site: str, **changes: Field) -> dict[str, Field]:
     values: dict[str, Field] = {
         "site": site, "rows": 40, "held-out": 4, "base": BASE, "simulated": False,
-        "partitions": 0, "notes": "", "versions": "flwr 1.41",
+        "partitions": 0, "versions": "flwr 1.41",
     }  # fmt: skip
     return values | {key.replace("_", "-"): value for key, value in changes.items()}
 
@@ -113,12 +114,17 @@ def test_a_warning_is_given_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "flower_app.roster.log", lambda level, text, *args: said.append(text % args)
     )
-    grid = FakeGrid({1: member("ann"), 2: member("ann"), 3: member("eve", base="x")})
+    here = {"versions": versions()}
+    grid = FakeGrid(
+        {1: member("ann", **here), 2: member("ann", **here), 3: member("eve", base="x"),
+         4: member("bob")}
+    )  # fmt: skip
     known = roster()
     for _ in range(3):
         known.refresh(grid)
-    assert len(said) == 2
+    assert len(said) == 3
     assert any("Two nodes call themselves 'ann'" in text for text in said)
+    assert any("bob runs flwr 1.41, the server flwr 1.41.0, torch" in text for text in said)
 
 
 MALFORMED: dict[str, Site] = {

@@ -14,7 +14,7 @@ from tests.system.runs import NAMES, Value, adapter_bytes, finish, run_app, site
 def test_deployed_sites_train_the_same_bytes_as_simulated_ones(
     simulation: Path, small_run: dict[str, Value], tiny_models: Mapping[str, Path], tmp_path: Path
 ) -> None:
-    config = small_run | {"run.rounds": 1}
+    config = small_run | {"run.rounds": 2}
     simulated, deployed = tmp_path / "simulated", tmp_path / "deployed"
     output = finish(run_app(simulation, config | {"run.output-dir": str(simulated)}, sites=3))
     assert (simulated / "latest" / "summary.json").is_file(), output

@@ -109,6 +109,29 @@ def test_resume_after_kill_ends_with_the_same_bytes(
     assert rounds == [1, 2, 3, 4]
 
 
+def test_a_whole_model_is_trained_from_random_weights(
+    simulation: Path, small_run: dict[str, Value], tmp_path: Path
+) -> None:
+    config = small_run | {
+        "run.output-dir": str(tmp_path), "run.rounds": 2, "payload.kind": "full",
+        "model.from-scratch": True,
+    }  # fmt: skip
+    output = finish(run_app(simulation, config, sites=3))
+    assert (tmp_path / "latest" / "summary.json").is_file(), output
+    summary = json.loads((tmp_path / "latest" / "summary.json").read_text())
+    assert summary["federated"]["loss"] < summary["zero_shot"]["loss"]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "latest" / "adapter")
+    trained = sum(parameter.numel() for parameter in model.parameters())
+    assert summary["trainable_parameters"] == trained
+    # The weights that `small_run` names were not the start.
+    given = AutoModelForCausalLM.from_pretrained(str(small_run["model.name"])).state_dict()
+    assert not any(
+        torch.allclose(tensor, given[name], atol=1e-2)
+        for name, tensor in model.state_dict().items()
+        if tensor.dim() > 1
+    )
+
+
 def test_bad_configuration_is_refused_before_anything_is_loaded(
     simulation: Path, small_run: dict[str, Value], tmp_path: Path
 ) -> None:
