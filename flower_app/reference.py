@@ -1,13 +1,16 @@
-"""The reference of every configuration key, made from the typed sections.
+"""The references of configuration keys and of strategies, made from the code.
 
-`python -m flower_app.reference` rewrites docs/configuration.md and the tables in pyproject.toml.
+`python -m flower_app.reference` rewrites docs/configuration.md, docs/strategies.md and the tables
+in pyproject.toml.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import typing
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +94,39 @@ def _choices(key: str, info: FieldInfo) -> str:
     return ", ".join(bounds)
 
 
+def strategies() -> str:
+    """Every rule, stage before it and server optimiser, as its docstring says, with its options."""
+    rules = _catalogue("Rules", "rule", registry.RULES)
+    before = _catalogue("Before the rule", "pre", registry.PRE)
+    optimizers = registry.SERVER_OPTIMIZERS
+    after = _catalogue("Server optimisers", "server-optimizer", optimizers, "server-")
+    return "\n".join([_STRATEGIES, rules, before, after])
+
+
+def _catalogue(
+    title: str, key: str, factories: Mapping[str, Callable[..., Any]], prefix: str = ""
+) -> str:
+    entries = [f"## {title}\n\nPicked with `strategy.{key}`.\n"]
+    for name, factory in factories.items():
+        options = [
+            f"`strategy.{prefix}{option.replace('_', '-')}`"
+            for option in inspect.signature(factory).parameters
+        ]
+        listed = f"\n\nOptions: {', '.join(options)}." if options else ""
+        entries.append(f"### {name}\n\n{inspect.getdoc(factory)}{listed}\n")
+    return "\n".join(entries)
+
+
+_STRATEGIES = """# Strategies
+
+How the updates of the sites become the next model: stages before the rule in the order given, one
+rule, one server optimiser. Every name works as a configuration key and in `strategies.aggregate`,
+where an option `strategy.clip-norm` is the argument `clip_norm`. Defaults and ranges of the
+options are in [configuration.md](configuration.md).
+
+This page is made from the docstrings by `python -m flower_app.reference`; a test keeps it in step.
+"""
+
 _HEAD = """# Configuration
 
 Every key of the run config. Defaults are declared in `pyproject.toml` under
@@ -117,6 +153,7 @@ the site but the name.
 def main() -> None:
     """Rewrite the generated files."""
     (ROOT / "docs" / "configuration.md").write_text(markdown())
+    (ROOT / "docs" / "strategies.md").write_text(strategies())
     project = ROOT / "pyproject.toml"
     project.write_text(with_toml(project.read_text()))
 

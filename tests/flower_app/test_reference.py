@@ -12,6 +12,7 @@ from flower_app import reference
 from flower_app.config import defaults, known_keys, sections
 from flower_app.node import NodeConfig
 from models.section import Section
+from strategies import registry
 
 PAGE = reference.ROOT / "docs" / "configuration.md"
 PROJECT = reference.ROOT / "pyproject.toml"
@@ -21,6 +22,23 @@ def test_the_page_is_what_the_types_say() -> None:
     assert PAGE.read_text(encoding="utf-8") == reference.markdown(), (
         "run: python -m flower_app.reference"
     )
+
+
+def test_the_page_of_strategies_is_what_the_code_says() -> None:
+    page = reference.ROOT / "docs" / "strategies.md"
+    assert page.read_text(encoding="utf-8") == reference.strategies(), (
+        "run: python -m flower_app.reference"
+    )
+
+
+@pytest.mark.parametrize(
+    "name", [*registry.RULES, *registry.PRE, *registry.SERVER_OPTIMIZERS], ids=str
+)
+def test_every_strategy_is_described_with_its_options(name: str) -> None:
+    entry = reference.strategies().split(f"### {name}\n", 1)[1].split("\n##")[0].strip()
+    assert len(entry) > 30 and entry.split("\n\nOptions")[0].endswith((".", ")"))
+    for key in re.findall(r"`(strategy\.[\w-]+)`", entry.partition("\n\nOptions: ")[2]):
+        assert key in known_keys(), key
 
 
 def test_pyproject_is_what_the_types_say() -> None:
