@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from models.layout import Layout
+from strategies.mixing import chosen, mixed_bound, weighted_sum
 
 # Below torch's grain size of 32768 a reduction is never split over threads, so that a norm has the
 # same bits on every machine, whatever its number of cores.
@@ -56,6 +57,8 @@ class Cohort:
     `rows` holds N deltas of shape (D,), float32. They may be memory-mapped or made on demand and
     are not stacked, so that a rule that needs one at a time stays within the memory of one.
     `weights_N` is float32 with sum 1. `clip` is an L2 bound that is proved to hold for each row.
+    `lora_scale` is LoRA's alpha / rank, which weighs products of factors against other tensors;
+    `trusted_D` is the server's own update on data that it trusts, for rules that compare with it.
     """
 
     base_D: Tensor
@@ -64,6 +67,10 @@ class Cohort:
     names: tuple[str, ...]
     layout: Layout
     clip: float | None = None
+    lora_scale: float = 1.0
+    trusted_D: Tensor | None = None
+    # What was computed of these rows once, by name. Another set of rows starts an empty one.
+    memo: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Sort by name; raises CohortError for an empty or inconsistent cohort."""
@@ -83,8 +90,7 @@ class Cohort:
             )
         order = sorted(range(count), key=self.names.__getitem__)
         if order != list(range(count)):
-            rows = self.rows
-            object.__setattr__(self, "rows", LazyRows(count, lambda i: rows[order[i]]))
+            object.__setattr__(self, "rows", _reordered(self.rows, order))
             object.__setattr__(self, "weights_N", self.weights_N[order])
             object.__setattr__(self, "names", tuple(self.names[i] for i in order))
 
@@ -116,6 +122,72 @@ class Cohort:
     def deltas_ND(self) -> Tensor:
         """All rows stacked, shape (N, D): for rules that must see the updates together."""
         return torch.stack(list(self.rows))
+
+    @property
+    def source(self) -> Cohort:
+        """The cohort whose rows this one's are linear combinations of; itself where not mixed."""
+        return self.rows.source if isinstance(self.rows, MixedRows) else self
+
+    @property
+    def matrix_NS(self) -> Tensor:
+        """Coefficients, float64, of these rows over the S rows of `source`."""
+        if isinstance(self.rows, MixedRows):
+            return self.rows.matrix_MN
+        return torch.eye(len(self.names), dtype=torch.float64)
+
+    @property
+    def coefficients_S(self) -> Tensor:
+        """Coefficients, float64, of the weighted sum of these rows over the rows of `source`."""
+        return self.weights_N.double() @ self.matrix_NS
+
+    def mixed(
+        self,
+        mix_MN: Tensor,
+        names: Sequence[str] | None = None,
+        weights_M: Tensor | None = None,
+    ) -> Cohort:
+        """Cohort whose row m is the sum over n of mix_MN[m, n] * row n, made when it is asked for.
+
+        Names and weights are this cohort's own unless given. Mixing a mixed cohort multiplies the
+        matrices (float64), so that a chain of linear stages reads the rows of `source` once.
+        With LoRA factors a row, once made, adds up A and B apart; rules that judge or combine
+        products read `source` and the matrix instead. Raises CohortError for wrong shapes.
+        """
+        if mix_MN.ndim != 2 or mix_MN.shape[1] != len(self.names):
+            raise CohortError(
+                f"Expected a mix over {len(self.names)} rows, got shape {tuple(mix_MN.shape)}."
+            )
+        mix_MN = mix_MN.double()
+        return replace(
+            self,
+            rows=MixedRows(self.source, mix_MN @ self.matrix_NS),
+            names=self.names if names is None else tuple(names),
+            weights_N=self.weights_N if weights_M is None else weights_M.float(),
+            clip=mixed_bound(self.clip, mix_MN),
+        )
+
+
+class MixedRows(LazyRows):
+    """Linear combinations of the rows of `source`, with coefficients `matrix_MN` (float64)."""
+
+    def __init__(self, source: Cohort, matrix_MN: Tensor) -> None:
+        """Keep the matrix; a row is added up when it is asked for."""
+        super().__init__(len(matrix_MN), self._sum)
+        self.source = source
+        self.matrix_MN = matrix_MN
+
+    def _sum(self, index: int) -> Tensor:
+        coefficients_N = self.matrix_MN[index]
+        rows = self.source.rows
+        if (only := chosen(coefficients_N)) is not None:
+            return rows[only]
+        return weighted_sum(rows, coefficients_N.tolist(), self.source.layout.size)
+
+
+def _reordered(rows: Sequence[Tensor], order: Sequence[int]) -> LazyRows:
+    if isinstance(rows, MixedRows):
+        return MixedRows(rows.source, rows.matrix_MN[list(order)])
+    return LazyRows(len(order), lambda i: rows[order[i]])
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,7 +15,7 @@ from typing import TypeAlias, TypeVar
 from pydantic import ConfigDict, ValidationError, validate_call
 
 from models.section import ConfigError, unknown
-from strategies import rules, server_optimizers
+from strategies import combine, rules, server_optimizers
 from strategies.config import StrategyConfig
 from strategies.stage import Post, Pre, Rule, chain
 
@@ -24,7 +24,9 @@ S = TypeVar("S")
 Factory: TypeAlias = Callable[..., S]
 
 PRE: Mapping[str, Factory[Pre]] = MappingProxyType({"clip": rules.clip})
-RULES: Mapping[str, Factory[Rule]] = MappingProxyType({"mean": rules.mean})
+RULES: Mapping[str, Factory[Rule]] = MappingProxyType(
+    {"mean": rules.mean, "lora-svd": combine.lora_svd}
+)
 SERVER_OPTIMIZERS: Mapping[str, Factory[Post]] = MappingProxyType(
     {
         "none": server_optimizers.none,

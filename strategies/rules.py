@@ -6,15 +6,13 @@ import math
 from dataclasses import replace
 from typing import Annotated
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
 from strategies.cohort import Cohort, Delta, LazyRows, norm
+from strategies.mixing import weighted_sum
 from strategies.stage import Facts, Pre, Rule, Stage, pure
 
-# A block of the sum and of one row fit into a core's cache together (1 MiB each).
-_BLOCK = 1 << 18
 # Room for the roundings of the factor and of the product, half a unit in the last place each.
 _ROUNDING = 1.0 - 2.0**-22
 
@@ -30,15 +28,8 @@ def mean() -> Rule:
 
 
 def _mean(cohort: Cohort) -> Delta:
-    total_D = torch.zeros(cohort.layout.size)
-    scratch = torch.empty(min(_BLOCK, cohort.layout.size))
-    for weight, row_D in zip(cohort.weights_N.tolist(), cohort.rows, strict=True):
-        for start in range(0, cohort.layout.size, _BLOCK):
-            piece = row_D[start : start + _BLOCK]
-            # Product and sum are rounded apart. A fused multiply-add would be used or not
-            # depending on where threads cut the vector, and bits would vary with their number.
-            product = torch.mul(piece, weight, out=scratch[: len(piece)])
-            total_D[start : start + _BLOCK].add_(product)
+    source = cohort.source
+    total_D = weighted_sum(source.rows, cohort.coefficients_S.tolist(), source.layout.size)
     return Delta(total_D, cohort.layout)
 
 

@@ -7,11 +7,12 @@ import math
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -182,6 +183,66 @@ def test_norm_has_the_same_bits_for_any_number_of_threads() -> None:
     finally:
         torch.set_num_threads(before)
     assert len(found) == 1
+
+
+def test_mixed_rows_are_combinations_of_the_source_and_compose() -> None:
+    cohort = Cohort.of(LAYOUT, BASE, rows(3))
+    half = torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.0, 1.0]])
+    mixed = cohort.mixed(half, ["y", "x"], torch.tensor([0.25, 0.75]))
+    assert mixed.names == ("x", "y") and mixed.weights_N.tolist() == [0.75, 0.25]
+    assert mixed.rows[1].tolist() == [5.0, 6.0, 7.0, 8.0]
+    assert mixed.rows[0] is not mixed.rows[1] and torch.equal(mixed.rows[0], rows(3)["site-2"])
+    again = mixed.mixed(torch.tensor([[2.0, 1.0]]), ["z"], torch.ones(1))
+    assert again.source is cohort and again.matrix_NS.tolist() == [[0.5, 0.5, 2.0]]
+    assert again.coefficients_S.tolist() == [0.5, 0.5, 2.0]
+    assert torch.equal(again.deltas_ND[0], mixed.rows[0] * 2 + mixed.rows[1])
+    assert cohort.source is cohort and torch.equal(cohort.matrix_NS, torch.eye(3).double())
+
+
+def test_other_rows_make_another_source() -> None:
+    mixed = Cohort.of(LAYOUT, BASE, rows(2)).mixed(torch.eye(2) * 0.5)
+    other = replace(mixed, rows=[row + 1 for row in mixed.rows])
+    assert other.source is other and other.memo is not mixed.memo
+
+
+def test_a_mix_of_the_wrong_shape_is_refused() -> None:
+    cohort = Cohort.of(LAYOUT, BASE, rows(3))
+    with pytest.raises(CohortError, match=r"mix over 3 rows, got shape \(2, 2\)"):
+        cohort.mixed(torch.eye(2))
+    with pytest.raises(CohortError, match="3 rows and weights, got 2"):
+        cohort.mixed(torch.ones(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("mix", "kept"),
+    [
+        ([[1.0, 0.0], [0.0, 0.5]], True),
+        ([[0.5, 0.5], [0.25, 0.25]], True),
+        ([[0.6, 0.6], [0.0, 1.0]], False),
+        ([[1.5, -0.5], [0.0, 1.0]], False),
+        ([[1.01, 0.0], [0.0, 1.0]], False),
+    ],
+)
+def test_a_proved_bound_is_kept_where_it_still_holds(mix: list[list[float]], kept: bool) -> None:
+    cohort = replace(Cohort.of(LAYOUT, BASE, rows(2)), clip=30.0)
+    mixed = cohort.mixed(torch.tensor(mix))
+    assert (mixed.clip is not None) == kept
+    if mixed.clip is not None:
+        assert mixed.clip == pytest.approx(30.0, rel=1e-6)
+        assert all(norm(row) <= mixed.clip for row in mixed.rows)
+
+
+@given(st.integers(0, 2**31), st.integers(2, 8))
+@settings(max_examples=25)
+def test_an_average_stays_within_the_bound_after_rounding(seed: int, count: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    direction = torch.randn(4, generator=generator)
+    deltas = {f"{i}": direction for i in range(count)}
+    cohort = replace(Cohort.of(LAYOUT, BASE, deltas), clip=norm(direction))
+    shares = torch.rand(count, count, generator=generator, dtype=torch.float64)
+    mixed = cohort.mixed(shares / shares.sum(1, keepdim=True))
+    assert mixed.clip is not None
+    assert all(norm(row) <= mixed.clip for row in mixed.rows)
 
 
 PEAK = """

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from models.layout import Layout
-from strategies import rules
+from strategies import mixing
 from strategies.cohort import Cohort, norm
 from strategies.rules import clip, mean
 from strategies.stage import Facts, Rule, chain
@@ -98,7 +98,7 @@ def test_mean_does_not_depend_on_blocks_or_threads(monkeypatch: pytest.MonkeyPat
     try:
         for threads, block in ((1, 1 << 18), (2, 1 << 18), (3, 99_991), (2, 7919)):
             torch.set_num_threads(threads)
-            monkeypatch.setattr(rules, "_BLOCK", block)
+            monkeypatch.setattr(mixing, "_BLOCK", block)
             found.append(run(mean(), cohort))
     finally:
         torch.set_num_threads(before)
