@@ -51,13 +51,19 @@ def no_proof(facts: Facts) -> Facts:
     return Facts()
 
 
+def any_number(count: int) -> int:
+    """Rows that a stage gives for `count` rows, of a stage that takes any number and keeps it."""
+    return count
+
+
 @dataclass(frozen=True)
 class Stage(Generic[In, Out]):
     """One step of aggregation, from a value of type `takes` to one of type `gives`.
 
     `init(D)` gives the first state; `apply(state, value, generator)` returns the new value and the
     new state and changes neither argument; `proves` turns facts about every input into facts
-    about every output, and proves nothing unless a stage says otherwise.
+    about every output, and proves nothing unless a stage says otherwise. `requires(N)` is the
+    number of rows that the stage makes of N, and raises CohortError where N are too few for it.
     """
 
     name: str
@@ -66,6 +72,7 @@ class Stage(Generic[In, Out]):
     apply: Callable[[State, In, torch.Generator], tuple[Out, State]]
     init: Callable[[int], State] = no_state
     proves: Callable[[Facts], Facts] = no_proof
+    requires: Callable[[int], int] = any_number
 
     def sensitivity(self, facts: Facts) -> float | None:
         """Proved L2 sensitivity of the output (see `Facts`), or None where there is no proof."""
@@ -115,8 +122,13 @@ def chain(*stages: Pre | Rule | Post) -> Rule:
             facts = stage.proves(facts)
         return facts
 
+    def requires(count: int) -> int:
+        for stage in stages:
+            count = stage.requires(count)
+        return count
+
     name = "+".join(stage.name for stage in stages)
-    return Stage(name, Cohort, Delta, apply, init, proves)
+    return Stage(name, Cohort, Delta, apply, init, proves, requires)
 
 
 def _check(stages: tuple[Pre | Rule | Post, ...]) -> None:

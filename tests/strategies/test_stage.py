@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from models.layout import Layout
-from strategies.cohort import Cohort, Delta
+from strategies.cohort import Cohort, CohortError, Delta
+from strategies.conditions import require
 from strategies.rules import clip, mean
 from strategies.server_optimizers import momentum, none, yogi
 from strategies.stage import ComposeError, Facts, Post, Pre, Rule, Stage, State, chain, pure
@@ -125,3 +126,20 @@ def test_a_stage_without_a_proof_proves_nothing_and_ends_the_proof_before_it() -
     assert chain(mean(), none()).sensitivity(facts) == 1.0
     assert chain(mean(), scale("double", 2.0)).sensitivity(facts) is None
     assert chain(mean(), momentum()).sensitivity(facts) is None
+
+
+def test_the_number_of_rows_is_checked_along_the_chain() -> None:
+    def halve(count: int) -> int:
+        return require(count, 2, 2, 3) // 2
+
+    kept = pure(lambda cohort: cohort)
+    half = Stage("half", Cohort, Cohort, kept, requires=halve)
+    picky = Stage("picky", Cohort, Cohort, kept, requires=lambda n: require(n, 1, 1, 4))
+    rule = chain(half, picky, mean())
+    assert rule.requires(10) == 5
+    with pytest.raises(CohortError, match=r"num-byzantine=1 to be at most 0 \(n=4 needs n ≥ f\+4"):
+        rule.requires(9)
+    with pytest.raises(CohortError, match=r"=2 to be at most 1 \(n=6 needs n ≥ 2f\+3\); lower it"):
+        rule.requires(6)
+    with pytest.raises(CohortError, match=r"at least 3 updates .*got n=2 \(n ≥ 2f\+3\); add sites"):
+        rule.requires(2)
