@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from flower_app import compose
 from flower_app.config import Config
 
 
@@ -40,6 +41,14 @@ A `{config.payload.kind}` payload for `{base}` ({config.model.task}), trained wi
 | Seed | {config.run.seed} |
 
 Load it with `{use}`. Numbers and plots are in the run's `report.html`.
-
+{_personal(config)}
 No differential privacy was applied: a payload can reveal something about the rows behind it.
 """
+
+
+def _personal(config: Config) -> str:
+    parts = compose.personal(config)
+    return parts and (
+        f"\nThis is the shared part: of `{parts}` it holds the start values, which every site has\n"
+        "replaced by its own. A site's own model is the `adapter/` in its state folder.\n"
+    )

@@ -15,11 +15,13 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.logger import log
 
-from flower_app import baselines
+from flower_app import baselines, compose
 from flower_app.config import Config, parse
 from flower_app.data.source import DataError
 from flower_app.node import NodeConfig, parse_node, versions
 from flower_app.recorder import score_fields
+from flower_app.siteround import SiteRound
+from flower_app.sitestate import require_state_path
 from flower_app.worker import Worker, pad_token, steps_per_round, train_round, worker_name
 from models.batches import BatchError
 from models.evaluate import Score
@@ -92,17 +94,26 @@ def _told(error: Exception, node: NodeConfig | None) -> str:
     if isinstance(error, DataError | OSError) or not isinstance(error, _EXPLAINED):
         return f"{type(error).__name__}: the log at the site says what is wrong."
     text = str(error)
-    given = [Path(p) for p in (node.data_path, node.eval_path, node.model_path) if p]
+    given = [
+        Path(p) for p in (node.data_path, node.eval_path, node.model_path, node.state_path) if p
+    ]
     forms = {str(form) for p in given for form in (p, p.expanduser(), p.expanduser().resolve())}
     for path in sorted(forms, key=len, reverse=True):  # a path within another one goes first
         text = text.replace(path, "...")
     return _PATH.sub("...", text)
 
 
+def _plan(message: Message) -> dict[str, Scalar]:
+    record = config_of(message.content, "plan")
+    return {key: value for key, value in record.items() if isinstance(value, Scalar)}
+
+
 @app.query()
 @answering("member")
 def on_roll_call(message: Message, config: Config, node: NodeConfig) -> RecordDict:
     """Say who this site is and whether it can take part; loads its model and rows to be sure."""
+    if keeping := compose.keeps(config):
+        require_state_path(node, keeping)
     base, _ = _WORKER.model(config, node)
     site = _WORKER.site(config, node)
     log(INFO, "%s: %d rows, %d held out; %s", site.name, site.rows, site.held_out_rows, site.notes)
@@ -127,28 +138,22 @@ def on_train(message: Message, config: Config, node: NodeConfig) -> RecordDict:
     started = time.perf_counter()
     base, payload = _WORKER.model(config, node)
     site = _WORKER.site(config, node)
+    plan = _plan(message)
     received = decode_all(arrays_of(message.content))
-    plan = config_of(message.content, "plan")
-    if plan["layout"] != payload.layout.digest:
-        raise LayoutError(
-            f"Expected the server's layout {str(plan['layout'])[:12]}, got "
-            f"{payload.layout.digest[:12]} at this site; use the same versions of the packages."
-        )
-    payload.load(received)
     round_ = int(str(plan["round"]))
+    work = SiteRound(config, node, payload, site, received, plan, done=round_ - 1)
     loaded = time.perf_counter()
     before = _WORKER.score(config, site, payload, pad_token(base))
     scored = time.perf_counter()
-    steps = steps_per_round(config, [site.batches])
-    outcome = train_round(config, payload, site.batches, site.name, round_, steps)
+    outcome = work.train()
     trained = time.perf_counter()
     after = Score()
     if config.train.score_after:
         after = _WORKER.score(config, site, payload, pad_token(base))
-    delta = {name: new - received[name] for name, new in payload.select().items()}
+    delta = work.finish()
     report: dict[str, Scalar] = {
         "round": round_,
-        "layout": payload.layout.digest,
+        "layout": plan["layout"],
         "num-examples": site.rows,
         "examples": site.rows,
         "train_loss": outcome.loss,
@@ -171,8 +176,11 @@ def on_evaluate(message: Message, config: Config, node: NodeConfig) -> RecordDic
     """Score the received payload on the site's held-out rows."""
     base, payload = _WORKER.model(config, node)
     site = _WORKER.site(config, node)
-    payload.load(decode_all(arrays_of(message.content)))
+    plan = _plan(message)
+    received = decode_all(arrays_of(message.content))
+    work = SiteRound(config, node, payload, site, received, plan, done=int(str(plan["round"])))
     score = _WORKER.score(config, site, payload, pad_token(base))
+    work.keep_adapter()
     return RecordDict({"report": ConfigRecord({**score_fields("before", score)})})
 
 
@@ -183,6 +191,7 @@ def on_baseline(message: Message, config: Config, node: NodeConfig) -> RecordDic
     base, payload = _WORKER.model(config, node)
     sites = _WORKER.all_sites(config, node)
     payload.load(decode_all(arrays_of(message.content)))
+    payload.load_personal(payload.personal_start)
     name = str(config_of(message.content, "plan")["site"])
     alone = next((site for site in sites if site.name == name), None)
     batches = alone.batches if alone else _WORKER.pooled(config, node)

@@ -52,12 +52,22 @@ def num_classes(loaded: Base) -> int:
     return int(loaded.model.config.num_labels or 0)
 
 
+def personal(config: Config) -> str:
+    """The parts of the payload that stay at the site, comma-separated."""
+    return config.payload.personal
+
+
+def keeps(config: Config) -> str:
+    """What makes a site keep something across rounds, as settings a person knows; empty if none."""
+    return "payload.personal" if personal(config) else ""
+
+
 def model_key(config: Config, path: str) -> str:
     """What decides the weights and wrappers of a resident model, as a cache key."""
     parts = [config.model.model_dump_json(), config.payload.model_dump_json()]
     if config.model.task == "classification":  # whose classes may be counted in the data
         parts.append(config.data.model_dump_json())
-    return "\n".join([*parts, config.train.packing, str(config.run.seed), path])
+    return "\n".join([*parts, personal(config), config.train.packing, str(config.run.seed), path])
 
 
 def load_base(config: Config, path: str = "") -> Base:
@@ -74,7 +84,7 @@ def attach(config: Config, loaded: Base) -> Payload:
     """Attach the configured payload to a base model, with seeded start values."""
     return payload.attach(
         loaded.model,
-        config.payload,
+        config.payload.model_copy(update={"personal": personal(config)}),
         tokenizer=loaded.tokenizer,
         task=config.model.task,
         fresh_modules=loaded.fresh_modules,

@@ -19,6 +19,11 @@ class NodeConfig(Section):
     data_path: str = Field("", description="File or folder of the site's rows.")
     eval_path: str = Field("", description="Held-out rows of their own; else a share is held out.")
     model_path: str = Field("", description="Folder of the base model at the site.")
+    state_path: str = Field(
+        "",
+        description="Folder for what the site keeps across rounds; needed where a run keeps "
+        "something there.",
+    )
 
     @property
     def simulated(self) -> bool:

@@ -44,6 +44,9 @@ def run(grid: Grid, config: Config) -> RunFolder:
     payload = compose.attach(config, base)
     initial = payload.select()
     facts = {"layout": payload.layout.digest, "base": base.digest}
+    if compose.keeps(config):  # the name that sites know the run by, whatever its folder is called
+        known = checkpoint.facts if checkpoint else {}
+        facts["run"] = known.get("run", folder.path.name)
     _check_facts(checkpoint, facts)
     roster = Roster(base.digest, config.run.roll_call_s)
     members = roster.assemble(grid, config.strategy.min_sites, config.run.deadline_s)
@@ -53,16 +56,18 @@ def run(grid: Grid, config: Config) -> RunFolder:
     earlier_s = sum(row["wall_s"] for row in folder.rows() if row["kind"] == "round")
     recorder = Recorder(config, folder, facts)
     recorder.refused(roster.refused())
-    strategy = _strategy(config, payload, roster, recorder, folder)
+    plan = _plan(folder, facts, _mode(members))
+    strategy = _strategy(config, payload, roster, recorder, folder, plan)
     if checkpoint:
         strategy.restore(checkpoint.round, checkpoint.state)
         log(INFO, "Going on after round %d.", checkpoint.round)
     startup_s = time.monotonic() - started
     start = checkpoint.payload if checkpoint else initial
-    card = {"sites": list(members), "trainable_parameters": payload.layout.size, **facts}
+    trained = payload.layout.size + payload.personal_layout.size
+    card = {"sites": list(members), "trainable_parameters": trained, **facts}
     try:
         payload.load(_train(grid, config, strategy, start))
-        trained = time.monotonic()
+        ended = time.monotonic()
         _save_adapter(config, folder, payload, base.tokenizer, card)
         if config.run.baselines:
             run_baselines(grid, config, members, recorder, folder, initial)
@@ -70,7 +75,7 @@ def run(grid: Grid, config: Config) -> RunFolder:
         with suppress(OSError, ValueError):  # what ended the run matters, not its report
             log(INFO, "Report so far: %s", write_report(folder.path))
         raise
-    seconds = {"startup": startup_s, "baselines": time.monotonic() - trained}
+    seconds = {"startup": startup_s, "baselines": time.monotonic() - ended}
     wall_s = earlier_s + time.monotonic() - started
     _finish(config, folder, {**card, "wall_s": wall_s, "mode": _mode(members)}, seconds)
     return folder
@@ -117,12 +122,21 @@ def _check_mode(config: Config, members: Mapping[str, Member]) -> None:
         )
 
 
-def _strategy(
-    config: Config, payload: Payload, roster: Roster, recorder: Recorder, folder: RunFolder
-) -> ComposedStrategy:
-    def plan(round_: int) -> Mapping[str, Scalar]:
-        return {"rounds": config.run.rounds}
+def _plan(folder: RunFolder, facts: Mapping[str, str], mode: str) -> dict[str, Scalar]:
+    """What sites that keep something need to know; only simulated ones hear of a folder here."""
+    if "run" not in facts:
+        return {}
+    return {"state": str(folder.sites)} if mode == "simulation" else {"run": facts["run"]}
 
+
+def _strategy(
+    config: Config,
+    payload: Payload,
+    roster: Roster,
+    recorder: Recorder,
+    folder: RunFolder,
+    plan: Mapping[str, Scalar],
+) -> ComposedStrategy:
     return ComposedStrategy(
         config.strategy,
         compose.chain(config),
@@ -130,7 +144,7 @@ def _strategy(
         seed=config.run.seed,
         quorum=config.run.quorum,
         members=roster.present,
-        plan=plan,
+        plan=lambda round_: plan,
         spool=_spool(folder),
         listener=recorder,
     )

@@ -53,6 +53,7 @@ class RunFolder:
         self.path = path
         self.metrics = path / "metrics.jsonl"
         self.adapter = path / "adapter"
+        self.sites = path / "sites"
         self._checkpoints = path / "checkpoint"
 
     @classmethod

@@ -69,6 +69,12 @@ class PayloadConfig(Section):
         "entries, or the embedding of `init-text`.",
     )
     init_text: str = Field("", description='Hard prompt that `init = "text"` starts from.')
+    personal: str = Field(
+        "",
+        description="Comma-separated parts of the payload that stay at the site across rounds, as "
+        "parts of tensor names: `lora_B`, `q_proj`, `prompt_encoder`; `head` is a new "
+        "classification head. Empty shares everything.",
+    )
     options: str = Field(
         "",
         description="JSON object of further arguments of the PEFT config, such as "

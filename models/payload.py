@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from models.base import seeded
 from models.config import PayloadConfig
 from models.layout import Layout
+from models.personal import personal_names
 from models.section import ConfigError, unknown
 from models.trial import check_forward
 
@@ -25,14 +26,26 @@ Settings = dict[str, Any]
 
 
 class Payload:
-    """The trained part of a module: its named tensors, how to take them out and put them back."""
+    """The trained part of a module: its named tensors, how to take them out and put them back.
 
-    def __init__(self, kind: str, module: Any) -> None:
+    `parameters` are all that are trained. Of these `shared` travel, laid out as `layout`, and
+    `personal` stay at the site, laid out as `personal_layout`.
+    """
+
+    def __init__(
+        self, kind: str, module: Any, personal: str = "", fresh_modules: Sequence[str] = ()
+    ) -> None:
         self.kind = kind
         self.module = module
         trained = {_plain(n): p for n, p in module.named_parameters() if p.requires_grad}
         self.parameters: dict[str, nn.Parameter] = dict(sorted(trained.items()))
-        self.layout = Layout.of({name: p.float() for name, p in self.parameters.items()})
+        kept = personal_names(list(self.parameters), personal, fresh_modules)
+        self.shared = {n: p for n, p in self.parameters.items() if n not in kept}
+        self.personal = {n: p for n, p in self.parameters.items() if n in kept}
+        self.layout = Layout.of({name: p.float() for name, p in self.shared.items()})
+        shapes = tuple(tuple(p.shape) for p in self.personal.values())
+        self.personal_layout = Layout(tuple(self.personal), shapes)
+        self.personal_start = self.select_personal()
 
     @property
     def device(self) -> torch.device:
@@ -45,18 +58,20 @@ class Payload:
         return virtual_tokens(self.module)
 
     def select(self) -> dict[str, Tensor]:
-        """Copies of the payload's tensors, float32 on the CPU, in the layout's order."""
-        return {
-            name: parameter.detach().to("cpu", torch.float32, copy=True)
-            for name, parameter in self.parameters.items()
-        }
+        """Copies of the tensors that travel, float32 on the CPU, in the layout's order."""
+        return _copies(self.shared)
 
-    @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Write tensors into the module by name; raises LayoutError when they do not fit."""
-        self.layout.check(tensors)
-        for name, parameter in self.parameters.items():
-            parameter.copy_(tensors[name])
+        """Write what travelled into the module by name; raises LayoutError if it does not fit."""
+        _write(tensors, self.layout, self.shared)
+
+    def select_personal(self) -> dict[str, Tensor]:
+        """Copies of the tensors that stay at the site, as `select` gives those that travel."""
+        return _copies(self.personal)
+
+    def load_personal(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write a site's own tensors into the module; raises LayoutError if they do not fit."""
+        _write(tensors, self.personal_layout, self.personal)
 
     def save(self, folder: Path) -> None:
         """Write the payload in PEFT format, or the whole model for `full`."""
@@ -65,6 +80,22 @@ class Payload:
         else:
             self.module.save_pretrained(folder, save_embedding_layers=False)
             _sort_lists(folder / "adapter_config.json")
+
+
+def _copies(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    return {
+        name: parameter.detach().to("cpu", torch.float32, copy=True)
+        for name, parameter in parameters.items()
+    }
+
+
+@torch.no_grad()
+def _write(
+    tensors: Mapping[str, Tensor], layout: Layout, parameters: Mapping[str, nn.Parameter]
+) -> None:
+    layout.check(tensors)
+    for name, parameter in parameters.items():
+        parameter.copy_(tensors[name])
 
 
 def virtual_tokens(module: Any) -> int:
@@ -95,13 +126,13 @@ def attach(
 ) -> Payload:
     """Attach the payload that `config` names to `model`, which it freezes and changes in place.
 
-    Modules named in `fresh_modules` (a classification head, say) are trained and travel too.
-    Start values are drawn from `seed`. Raises ConfigError for an unknown kind or option, or one
-    that the architecture does not support.
+    Modules named in `fresh_modules` (a classification head, say) are trained too, and travel unless
+    `config.personal` keeps them at the site. Start values are drawn from `seed`. Raises
+    ConfigError for an unknown kind or option, or one that the architecture does not support.
     """
     if config.kind == "full":
         model.requires_grad_(True)
-        return _checked(Payload("full", model), task)
+        return _checked(Payload("full", model, config.personal, fresh_modules), task)
     # Values such as rank and module names only meet the architecture here, inside PEFT.
     try:
         with seeded(seed):
@@ -120,7 +151,8 @@ def attach(
         ) from error
     _require_trained(module, fresh_modules, config.kind)
     _keep_heads_precise(module)
-    return _checked(Payload(config.kind, module.to(model.device)), task)
+    whole = module.to(model.device)
+    return _checked(Payload(config.kind, whole, config.personal, fresh_modules), task)
 
 
 def _checked(payload: Payload, task: str) -> Payload:

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -35,6 +35,27 @@ class Trained:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Correction:
+    """What is added to the gradient of every step, by parameter name, against drift between sites.
+
+    mu * (w - anchor) is the gradient of (mu / 2) * ||w - anchor||^2 (FedProx, Ditto) and comes
+    before clipping, `shift` after it (SCAFFOLD). Parameters without an entry are left alone.
+    """
+
+    mu: float = 0.0
+    anchor: Mapping[str, Tensor] = field(default_factory=dict)
+    shift: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def on(self, where: torch.device) -> Correction:
+        """The same with copies of its tensors on the device `where`."""
+        anchor, shift = (
+            {name: tensor.detach().to(where, copy=True) for name, tensor in tensors.items()}
+            for tensors in (self.anchor, self.shift)
+        )
+        return Correction(self.mu, anchor, shift)
+
+
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
     """Arithmetic of the forward pass: bfloat16 autocast where asked for or worth it."""
     fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
@@ -52,17 +73,20 @@ def train(
     learning_rate: float,
     seed: int = 0,
     progress: Progress | None = None,
+    correction: Correction | None = None,
 ) -> Trained:
     """Train the payload in place for `steps` optimiser steps on the next batches.
 
-    The loss of a step is the mean over its counted labels, whatever the accumulation. With
-    `prox_mu` the gradient of (mu / 2) * ||w - w_0||^2 is added, w_0 being the weights at entry
-    (FedProx, Li et al. 2020, equation 2). Raises TrainingError when the loss is not finite.
+    The loss of a step is the mean over its counted labels, whatever the accumulation. Without a
+    `correction` of the caller's that of `prox_mu` holds: (mu / 2) * ||w - w_0||^2 is added to the
+    loss, w_0 being the shared weights at entry (FedProx, Li et al. 2020, equation 2). Raises
+    TrainingError when the loss is not finite.
     """
-    parameters = list(payload.parameters.values())
-    anchor = [p.detach().clone() for p in parameters] if config.prox_mu else []
-    optimizer = _optimizer(config, parameters, learning_rate)
     where = payload.device
+    if correction is None:
+        correction = Correction(config.prox_mu, payload.shared if config.prox_mu else {})
+    correction = correction.on(where)
+    optimizer = _optimizer(config, list(payload.parameters.values()), learning_rate)
     loss_sum = torch.zeros((), device=where)
     tokens = useful = 0
     started = shown = time.perf_counter()
@@ -78,7 +102,7 @@ def train(
                 loss.backward()
                 loss_sum += loss.detach()
                 tokens, useful = tokens + batch.tokens, useful + batch.useful
-            _step(optimizer, parameters, anchor, config)
+            _step(optimizer, payload.parameters, correction, config.max_grad_norm)
             now = time.perf_counter()
             if progress and (now - shown > _PROGRESS_EVERY_S or step == steps):
                 shown = now
@@ -107,18 +131,25 @@ def _optimizer(
 @torch.no_grad()
 def _step(
     optimizer: torch.optim.Optimizer,
-    parameters: list[torch.nn.Parameter],
-    anchor: list[Tensor],
-    config: TrainConfig,
+    parameters: Mapping[str, torch.nn.Parameter],
+    correction: Correction,
+    max_grad_norm: float,
 ) -> None:
-    if anchor:
-        for parameter, start in zip(parameters, anchor, strict=True):
-            if parameter.grad is not None:
-                parameter.grad.add_(parameter - start, alpha=config.prox_mu)
-    if config.max_grad_norm:
-        torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+    trained = {name: p for name, p in parameters.items() if p.grad is not None}
+    for name in trained.keys() & correction.anchor.keys():
+        apart = trained[name] - correction.anchor[name]
+        _gradient(trained[name]).add_(apart, alpha=correction.mu)
+    if max_grad_norm:
+        torch.nn.utils.clip_grad_norm_(list(parameters.values()), max_grad_norm)
+    for name in trained.keys() & correction.shift.keys():
+        _gradient(trained[name]).add_(correction.shift[name])
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+
+
+def _gradient(parameter: torch.nn.Parameter) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
 
 
 def on(inputs: Mapping[str, Tensor], where: torch.device) -> dict[str, Tensor]:

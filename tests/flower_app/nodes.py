@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from logging import ERROR
 from pathlib import Path
@@ -19,6 +19,7 @@ from flower_app.config import defaults, parse
 from flower_app.worker import Worker
 from models.layout import Layout
 from strategies.messages import decode_all, to_record
+from tests.fakes import Answer, FakeGrid
 
 NAMES = ("east", "north", "west")
 WORDS = (
@@ -127,6 +128,12 @@ class Nodes:
         content = RecordDict({"plan": ConfigRecord(dict(plan or {}))})
         if arrays is not None:
             content["arrays"] = to_record(arrays)
+        return self.hand(kind, node, content, **extra)
+
+    def hand(
+        self, kind: str, node: Mapping[str, Any], content: RecordDict, **extra: Any
+    ) -> RecordDict:
+        """Hand content to the ClientApp as a message of a kind and return that of its reply."""
         metadata = Metadata(1, "question", 1, 2, "", "", 0.0, 1e12, kind)
         context = Context(1, 2, dict(node), RecordDict(), self.flat(**extra))
         # Flower itself makes messages of other processes this way; its types show the rest only.
@@ -135,22 +142,51 @@ class Nodes:
         assert reply.metadata.reply_to_message_id == "question"
         return reply.content
 
+    def grid(self, *configs: Mapping[str, Any], **extra: Any) -> FakeGrid:
+        """Flower's grid with a node for each node config, all in this process."""
+
+        def site(node: Mapping[str, Any]) -> Callable[[Message], Iterable[Answer]]:
+            def answer(question: Message) -> Iterable[Answer]:
+                kind = question.metadata.message_type
+                content = self.hand(kind, node, question.content, **extra)
+                arrays, (name, report) = content.array_records, *content.config_records.items()
+                yield Answer(dict(arrays["arrays"]) if arrays else None, dict(report), name)
+
+            return answer
+
+        return FakeGrid({number: site(node) for number, node in enumerate(configs, 1)})
+
     def member(self, node: Mapping[str, Any], **extra: Any) -> dict[str, Any]:
         """The answer to a roll call."""
         return dict(self.ask("query", node, **extra).config_records["member"])
 
     def train(
         self, node: Mapping[str, Any], round_: int = 1, start: Mapping[str, Tensor] | None = None,
-        **extra: Any,
+        plan: Mapping[str, Any] | None = None, **extra: Any,
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:  # fmt: skip
         """Train a round; the delta and the report."""
         arrays = self.start(**extra) if start is None else start
-        plan = {"round": round_, "rounds": 2, "layout": Layout.of(arrays).digest}
-        content = self.ask("train", node, arrays, plan, **extra)
+        content = self.ask("train", node, arrays, self.plan(arrays, round_, plan), **extra)
         report = dict(content.config_records["report"])
         if "error" in report:
             return {}, report
         return decode_all(content.array_records["arrays"]), report
+
+    def evaluate(
+        self, node: Mapping[str, Any], arrays: Mapping[str, Tensor], round_: int = 0,
+        plan: Mapping[str, Any] | None = None, **extra: Any,
+    ) -> dict[str, Any]:  # fmt: skip
+        """Score a payload after `round_` rounds; the report."""
+        content = self.ask("evaluate", node, arrays, self.plan(arrays, round_, plan), **extra)
+        assert not content.array_records
+        return dict(content.config_records["report"])
+
+    def plan(
+        self, arrays: Mapping[str, Tensor], round_: int, more: Mapping[str, Any] | None
+    ) -> dict[str, Any]:
+        """What the server says of a round: in a simulation also where the sites keep things."""
+        own = {"state": str(self.folder / "sites"), "run": "a-run"}
+        return own | {"round": round_, "layout": Layout.of(arrays).digest} | dict(more or {})
 
 
 def raw(tensors: Mapping[str, Tensor]) -> bytes:

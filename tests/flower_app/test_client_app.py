@@ -68,9 +68,7 @@ def test_scores_of_a_reply_are_those_of_evaluation(nodes: Nodes) -> None:
     delta, report = nodes.train(node, start=start)
     end = {name: tensor + delta[name] for name, tensor in start.items()}
     for name, arrays in {"before": start, "after": end}.items():
-        content = nodes.ask("evaluate", node, arrays)
-        assert not content.array_records
-        found = read_score("before", fields(content))
+        found = read_score("before", nodes.evaluate(node, arrays))
         expected = read_score(name, report)
         assert (found.counted, found.rows) == (expected.counted, expected.rows)
         assert found.loss_sum == pytest.approx(expected.loss_sum, rel=1e-5)

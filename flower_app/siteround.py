@@ -1,0 +1,74 @@
+"""A round at a site: what it received, what it kept from earlier rounds, what it keeps now."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from flower_app import compose
+from flower_app.config import Config
+from flower_app.node import NodeConfig
+from flower_app.sitestate import Groups, site_state
+from flower_app.worker import Site, steps_per_round, train_round
+from models.layout import LayoutError
+from models.payload import Payload
+from models.train import Trained
+from strategies.messages import Scalar
+
+
+class SiteRound:
+    """Loads and trains a payload together with what stays at the site.
+
+    `done` counts the finished rounds: the state of that moment is what the site goes on from.
+    Raises LayoutError when the server's payload is not laid out as the site's.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        node: NodeConfig,
+        payload: Payload,
+        site: Site,
+        received: Mapping[str, Tensor],
+        plan: Mapping[str, Scalar],
+        done: int,
+    ) -> None:
+        if plan["layout"] != payload.layout.digest:
+            raise LayoutError(
+                f"Expected the server's layout {str(plan['layout'])[:12]}, got "
+                f"{payload.layout.digest[:12]} at this site; use the same versions of the packages."
+            )
+        self._config = config
+        self._payload = payload
+        self._site = site
+        self._received = received
+        self._done = done
+        self._state = site_state(node, plan, site.name) if compose.keeps(config) else None
+        self._kept: Groups = self._state.after(done) if self._state else {}
+        self._load()
+
+    def _load(self) -> None:
+        """Load what the server sent, beside the site's own part or, at first, its start values."""
+        self._payload.load(self._received)
+        self._payload.load_personal(self._kept.get("personal", self._payload.personal_start))
+
+    def train(self) -> Trained:
+        """Train on the site's rows for the round that follows."""
+        batches = self._site.batches
+        steps = steps_per_round(self._config, [batches])
+        return train_round(
+            self._config, self._payload, batches, self._site.name, self._done + 1, steps
+        )
+
+    def finish(self) -> dict[str, Tensor]:
+        """Keep what stays at the site, and return the change of what travels."""
+        delta = {name: new - self._received[name] for name, new in self._payload.select().items()}
+        if self._state:
+            self._state.save(self._done + 1, {"personal": self._payload.select_personal()})
+        return delta
+
+    def keep_adapter(self) -> None:
+        """Write the site's own model, as a PEFT adapter, beside its state."""
+        if self._state:
+            self._state.save_adapter(self._payload)

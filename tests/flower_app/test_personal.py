@@ -1,0 +1,216 @@
+"""Personal parts of a payload, in whole runs: what travels, what stays, and what resuming finds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import Message
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from flower_app import run as server
+from flower_app.config import parse
+from strategies.flower import RoundError
+from tests.fakes import FakeGrid, at_the_server
+from tests.flower_app.nodes import NAMES, Nodes
+
+PERSONAL: dict[str, Any] = {"payload__personal": "lora_B", "run__rounds": 3}
+
+
+@pytest.fixture(autouse=True)
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plots take longer than these runs."""
+    monkeypatch.setattr(server, "write_report", lambda folder: folder)
+
+
+class Killed(BaseException):
+    """The server's process ends."""
+
+
+def run(nodes: Nodes, grid: FakeGrid, **keys: Any) -> Path:
+    """A whole run; returns its folder."""
+    with at_the_server():
+        return server.run(grid, parse(nodes.flat(**keys))).path
+
+
+def simulate(nodes: Nodes, name: str, **keys: Any) -> tuple[Path, FakeGrid]:
+    keys = PERSONAL | {"run__output_dir": str(nodes.folder / name)} | keys
+    grid = nodes.grid(*map(nodes.simulated, range(3)), **keys)
+    return run(nodes, grid, **keys), grid
+
+
+def deploy(nodes: Nodes, name: str, **keys: Any) -> tuple[Path, FakeGrid]:
+    keys = PERSONAL | {"run__output_dir": str(nodes.folder / name)} | keys
+    keys |= {"data__partition": "own", "strategy__min_sites": 3}
+    state = str(nodes.folder / f"{name}-state")
+    configs = [nodes.deployed(site, state_path=state) for site in NAMES]
+    grid = nodes.grid(*configs, **keys)
+    return run(nodes, grid, **keys), grid
+
+
+def bytes_below(folder: Path) -> dict[str, bytes]:
+    """Every tensor file and adapter below a folder."""
+    files = sorted(folder.rglob("*.safetensors"))
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+
+
+def rows(folder: Path, kind: str) -> list[dict[str, Any]]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if row["kind"] == kind]
+
+
+def killed_in(grid: FakeGrid, round_: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the server die once every site has trained, and kept its state, in a round."""
+    pull = grid.pull_messages
+
+    def pulling(message_ids: Iterable[str]) -> Iterable[Message]:
+        last = grid.questions[-1].metadata
+        if (last.message_type, last.group_id) == ("train", str(round_)):
+            raise Killed
+        return pull(message_ids)
+
+    monkeypatch.setattr(grid, "pull_messages", pulling)
+
+
+def test_personal_parts_never_travel(nodes: Nodes) -> None:
+    folder, grid = simulate(nodes, "runs")
+    sent = [dict(q.content.array_records) for q in grid.questions]
+    travelling = [name for records in sent if records for name in records["arrays"]]
+    assert travelling and all(".lora_A." in name for name in travelling)
+    shared = sum(tensor.numel() for n, tensor in nodes.start().items() if ".lora_A." in n)
+    for row in rows(folder, "site"):
+        assert row["bytes_down"] == row["bytes_up"] == 4 * shared
+    # A reply of another shape is quarantined, so the sites' replies are of the shared part too.
+    assert [row["status"] for row in rows(folder, "site")] == ["ok"] * 9
+
+
+def test_each_site_keeps_a_part_of_its_own(nodes: Nodes) -> None:
+    folder, _ = simulate(nodes, "runs")
+    start = {f"personal/{name}" for name in nodes.start() if ".lora_B." in name}
+    last = [load_file(folder / "sites" / name / "round-00003.safetensors") for name in NAMES]
+    for tensors in last:
+        assert tensors.keys() == start
+    name = min(start)
+    assert len({tensors[name].numpy().tobytes() for tensors in last}) == 3
+    assert "of `lora_B` it holds the start values" in (folder / "adapter/README.md").read_text()
+    saved = load_file(folder / "adapter" / "adapter_model.safetensors")
+    for key, tensor in saved.items():
+        assert bool(tensor.any()) == (".lora_A." in key), "at the server B stays as it began"
+
+
+def test_a_site_s_adapter_scores_what_the_run_reports(nodes: Nodes) -> None:
+    folder, grid = simulate(nodes, "runs")
+    (final,) = [row for row in rows(folder, "evaluation") if row["round"] == 3]
+    arrays = grid.questions[-1].content.array_records["arrays"]
+    shared = {name: torch.frombuffer(bytearray(a.data), dtype=torch.float32).view(a.shape)
+              for name, a in arrays.items()}  # fmt: skip
+    for at, site in enumerate(NAMES):
+        plan = {"state": str(folder / "sites")}
+        report = nodes.evaluate(nodes.simulated(at), shared, 3, plan, **PERSONAL)
+        assert report["before-loss-sum"] == final["sums"][site][0]
+        base = AutoModelForCausalLM.from_pretrained(nodes.model)
+        own = PeftModel.from_pretrained(base, folder / "sites" / site / "adapter")
+        kept = load_file(folder / "sites" / site / "round-00003.safetensors")
+        plain = {n.replace(".default", ""): p for n, p in own.named_parameters() if "lora_" in n}
+        assert all(torch.equal(plain[name], tensor) for name, tensor in shared.items())
+        assert all(torch.equal(plain[n.removeprefix("personal/")], t) for n, t in kept.items())
+
+
+@pytest.mark.parametrize("start", [simulate, deploy], ids=["simulation", "deployment"])
+def test_a_killed_run_ends_with_the_same_bytes(
+    nodes: Nodes, start: Callable[..., tuple[Path, FakeGrid]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, _ = start(nodes, "whole")
+    expected = bytes_below(whole) | bytes_below(nodes.folder / "whole-state" / whole.name)
+    make = nodes.grid
+
+    def dying(*configs: Mapping[str, Any], **extra: Any) -> FakeGrid:
+        grid = make(*configs, **extra)
+        killed_in(grid, 3, monkeypatch)
+        return grid
+
+    monkeypatch.setattr(nodes, "grid", dying)
+    with pytest.raises(Killed):
+        start(nodes, "cut")
+    cut = (nodes.folder / "cut" / "latest").resolve()
+    kept = [*cut.rglob("round-00003.*"), *(nodes.folder / "cut-state").rglob("round-00003.*")]
+    assert len(kept) == 3, "the sites had gone on to round 3"
+    monkeypatch.setattr(nodes, "grid", make)
+    moved = cut.rename(cut.with_name("renamed"))
+    nodes.restart()
+    again, _ = start(nodes, "cut", run__resume=str(moved))
+    found = bytes_below(again) | bytes_below(nodes.folder / "cut-state" / cut.name)
+    assert found == expected
+
+
+def test_a_deployed_site_hears_of_no_folder_of_the_server(nodes: Nodes) -> None:
+    folder, grid = deploy(nodes, "runs")
+    assert not (folder / "sites").exists()
+    for question in grid.questions:
+        if question.metadata.message_type != "query":
+            plan = dict(question.content.config_records["plan"])
+            assert plan.keys() == {"round", "layout", "run"}
+            assert plan["run"] == folder.name
+    kept = nodes.folder / "runs-state" / folder.name
+    assert sorted(site.name for site in kept.iterdir()) == sorted(NAMES)
+
+
+def test_a_deployed_site_must_say_where_it_may_keep_things(nodes: Nodes) -> None:
+    member = nodes.member(nodes.deployed("north"), **PERSONAL)
+    assert "'state-path' in this node's config, since payload.personal" in member["error"]
+    assert "error" not in nodes.member(nodes.deployed("north"))
+    assert "error" not in nodes.member(nodes.simulated(1), **PERSONAL)
+
+
+def test_a_site_that_comes_late_begins_with_what_it_is_sent(nodes: Nodes) -> None:
+    start = {name: t for name, t in nodes.start().items() if ".lora_A." in name}
+    late, _ = nodes.train(nodes.simulated(1), 5, start, **PERSONAL)
+    nodes.train(nodes.simulated(1), 6, start, **PERSONAL)
+    # Asked for its first round once more, it begins where it began.
+    again, _ = nodes.train(nodes.simulated(1), 5, start, **PERSONAL)
+    assert all(torch.equal(late[name], tensor) for name, tensor in again.items())
+    nodes.restart()
+    elsewhere = {"state": str(nodes.folder / "other")}
+    fresh, _ = nodes.train(nodes.simulated(1), 5, start, elsewhere, **PERSONAL)
+    assert all(torch.equal(late[name], tensor) for name, tensor in fresh.items())
+
+
+def test_sites_in_one_process_do_not_mix(nodes: Nodes) -> None:
+    start = {name: t for name, t in nodes.start().items() if ".lora_A." in name}
+    alone = [nodes.train(nodes.simulated(1), r, start, **PERSONAL)[0] for r in (1, 2)]
+    plan = {"state": str(nodes.folder / "together")}
+    for round_ in (1, 2):
+        nodes.train(nodes.simulated(0), round_, start, plan, **PERSONAL)
+        found, _ = nodes.train(nodes.simulated(1), round_, start, plan, **PERSONAL)
+        assert all(torch.equal(alone[round_ - 1][n], tensor) for n, tensor in found.items())
+
+
+def test_a_damaged_state_fails_the_site_and_not_the_run(nodes: Nodes) -> None:
+    keys = {"strategy__min_sites": 1, "run__quorum": 0.6}
+    folder, _ = simulate(nodes, "runs", **keys, run__rounds=1)
+    (folder / "sites" / "north" / "round-00001.safetensors").write_bytes(b"not a tensor")
+    simulate(nodes, "runs", **keys, run__rounds=2, run__resume=str(folder))
+    second = {row["site"]: row for row in rows(folder, "site") if row["round"] == 2}
+    assert [second[name]["status"] for name in NAMES] == ["ok", "failed", "ok"]
+    assert "Expected a whole file of the site's state" in second["north"]["reason"]
+
+
+def test_a_full_disk_at_every_site_ends_the_run_with_rounds_safe(
+    nodes: Nodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = simulate(nodes, "runs", run__rounds=1)
+    before = bytes_below(folder / "sites")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("flower_app.sitestate.save_file", full)
+    with pytest.raises(RoundError, match=r"write the site's state.*No space.*rounds are safe"):
+        simulate(nodes, "runs", run__rounds=2, run__resume=str(folder))
+    assert bytes_below(folder / "sites") == before
