@@ -76,9 +76,13 @@ class Recorder:
             if site.status != "ok":
                 log(WARNING, "Round %d, %s: %s. %s", outcome.round, site.site, site.status,
                     site.reason)  # fmt: skip
-        row = self._round_row(outcome, good)
+        row = self._round_row(outcome, good) | _lora(outcome)
         self._folder.log(row)
-        self._folder.save(Checkpoint(outcome.round, outcome.payload, outcome.state, self._facts))
+        self._folder.save(
+            Checkpoint(
+                outcome.round, outcome.payload, outcome.state, self._facts, fold=outcome.fold
+            )
+        )
         log(
             INFO,
             "Round %d of %d: training loss %.4f, %d of %d sites, %s up, %s down, %.1f s",
@@ -168,6 +172,16 @@ class Recorder:
         }
 
 
+def _lora(outcome: RoundOutcome) -> dict[str, float | int]:
+    """What only a round of LoRA has to tell."""
+    told: dict[str, float | int] = {}
+    if outcome.product_gap is not None:
+        told["product_gap"] = outcome.product_gap
+    if outcome.fold:
+        told["bytes_down_fold"] = outcome.bytes_down_fold
+    return told
+
+
 def _score(score: Score, metric_name: str) -> dict[str, float | None]:
     values = {"loss": score.loss, metric_name: score.metric(metric_name)}
     return {name: value if math.isfinite(value) else None for name, value in values.items()}
@@ -214,6 +228,8 @@ def summarise(
         "central": {key: central[-1][key] for key in ("loss", name)} if central else None,
         "bytes_down_per_round": _per_round(rounds, "bytes_down"),
         "bytes_up_per_round": _per_round(rounds, "bytes_up"),
+        "bytes_down_fold_per_round": _per_round(rounds, "bytes_down_fold"),
+        "product_gap": _average(rounds, ("product_gap",))["product_gap"],
         "tokens_per_s": tokens / wall if wall else 0.0,
         "quarantined": [
             {key: row[key] for key in ("round", "site", "status", "reason")}
@@ -250,7 +266,7 @@ def _number(value: object) -> float:
 
 
 def _per_round(rounds: Sequence[Mapping[str, Any]], name: str) -> int:
-    return round(sum(row[name] for row in rounds) / len(rounds)) if rounds else 0
+    return round(sum(row.get(name, 0) for row in rounds) / len(rounds)) if rounds else 0
 
 
 def _mean(values: Iterable[Any]) -> float:

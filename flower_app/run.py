@@ -59,7 +59,7 @@ def run(grid: Grid, config: Config) -> RunFolder:
     plan = _plan(folder, facts, _mode(members))
     strategy = _strategy(config, payload, roster, recorder, folder, plan)
     if checkpoint:
-        strategy.restore(checkpoint.round, checkpoint.state)
+        strategy.restore(checkpoint.round, checkpoint.state, checkpoint.fold)
         log(INFO, "Going on after round %d.", checkpoint.round)
     startup_s = time.monotonic() - started
     start = checkpoint.payload if checkpoint else initial

@@ -9,7 +9,7 @@ import shutil
 import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -37,13 +37,14 @@ class CheckpointError(OSError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The state after a finished round: payload and strategy tensors by name."""
+    """The state after a finished round: payload, strategy and fold tensors by name."""
 
     round: int
     payload: dict[str, Tensor]
     state: dict[str, Tensor]
     facts: dict[str, str]
     metrics_bytes: int = 0
+    fold: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class RunFolder:
@@ -130,6 +131,7 @@ class RunFolder:
         name = f"round-{checkpoint.round:05d}.safetensors"
         tensors = {f"payload/{key}": value for key, value in checkpoint.payload.items()}
         tensors |= {f"state/{key}": value for key, value in checkpoint.state.items()}
+        tensors |= {f"fold/{key}": value for key, value in checkpoint.fold.items()}
         try:
             _sync(self.metrics)
             pointer = {
@@ -168,7 +170,7 @@ class RunFolder:
                 raise ValueError("metrics.jsonl is shorter than it was")
             return Checkpoint(
                 pointer["round"], _under("payload/", tensors), _under("state/", tensors),
-                pointer["facts"], pointer["metrics_bytes"],
+                pointer["facts"], pointer["metrics_bytes"], _under("fold/", tensors),
             )  # fmt: skip
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise self._unreadable(error) from error

@@ -12,6 +12,9 @@ from math import prod
 import torch
 from torch import Tensor
 
+# What is added to the frozen weight of a module: factors (O, K) and (K, I), or one (O, I) matrix.
+FOLD_A, FOLD_B, FOLD = ".lora_fold_A.weight", ".lora_fold_B.weight", ".lora_fold.weight"
+
 
 class LayoutError(ValueError):
     """Tensors that do not fit the layout they were held against."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from models.layout import Layout
+from strategies import fold
 from strategies.cohort import Cohort, CohortError, norm
 from strategies.registry import compose, split_names
 
@@ -34,11 +35,20 @@ def aggregate(
     `base` maps names to tensors of one dtype; each delta holds the same names and shapes. Deltas
     and weights are sequences, or mappings by site name; no weights means the same for all.
     `options` are those of the stages: `clip_norm=1.0` with `pre="clip"`, `server_learning_rate=0.1`
-    with `server_optimizer="adam"`. Raises ConfigError for an unknown rule, stage or option,
-    LayoutError or CohortError for deltas or weights that do not fit or are not finite.
+    with `server_optimizer="adam"`.
+
+    Rules that change frozen weights too (`lora-exact`, `lora-stack`) also return what is to be
+    added to the weight of each LoRA module, times alpha / rank: the product of
+    `<module>.lora_fold_B.weight` (O, K) and `<module>.lora_fold_A.weight` (K, I), or, where it is
+    smaller, the matrix `<module>.lora_fold.weight` (O, I). Such tensors in `base` are added up.
+    `models.fold.load` puts all of it into a model.
+
+    Raises ConfigError for an unknown rule, stage or option, LayoutError or CohortError for deltas
+    or weights that do not fit or are not finite.
     """
     names = split_names(pre) if isinstance(pre, str) else tuple(pre)
     stage = compose(rule, names, server_optimizer, options)
+    base, folded = fold.split(base)
     layout = Layout.of(base)
     # Arithmetic is float32 whatever the base is kept in.
     wide = Layout(layout.names, layout.shapes)
@@ -48,7 +58,7 @@ def aggregate(
     cohort = Cohort.of(wide, base_D, rows, shares)
     generator = torch.Generator().manual_seed(seed)
     delta, _ = stage.apply(stage.init(wide.size), cohort, generator)
-    return layout.unflatten(base_D + delta.vector_D)
+    return layout.unflatten(base_D + delta.vector_D) | fold.accumulated(folded, delta.fold)
 
 
 def _by_site(values: Sequence[T] | Mapping[str, T]) -> dict[str, T]:

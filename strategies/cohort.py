@@ -192,10 +192,15 @@ def _reordered(rows: Sequence[Tensor], order: Sequence[int]) -> LazyRows:
 
 @dataclass(frozen=True, eq=False)
 class Delta:
-    """What is added to the base: `vector_D` of shape (D,), float32, laid out as `layout`."""
+    """What is added to the base: `vector_D` of shape (D,), float32, laid out as `layout`.
+
+    `fold` maps a LoRA module to the factors (left (O, K), right (K, I)) of what is added to its
+    frozen weight, in units of products, which is before LoRA's scale alpha / rank.
+    """
 
     vector_D: Tensor
     layout: Layout
+    fold: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def added_to(self, base_D: Tensor) -> dict[str, Tensor]:
         """The new payload: base (D,) plus this delta, as named tensors of the layout's dtype."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from logging import INFO
 from pathlib import Path
 from typing import Protocol
@@ -21,7 +21,9 @@ from models.layout import Layout
 from models.seeds import derive
 from strategies.cohort import Cohort, Delta, Spool, norm
 from strategies.config import StrategyConfig
+from strategies.fold import accumulated, nbytes
 from strategies.gate import Gate, Refusal, Update
+from strategies.lora import product_gap
 from strategies.messages import Scalar, SiteOutcome, collect, decode_all, read_reply, to_record
 from strategies.sampling import TooFewSites, sample
 from strategies.stage import Rule, State
@@ -35,7 +37,11 @@ class RoundError(RuntimeError):
 
 @dataclass(frozen=True)
 class RoundOutcome:
-    """A finished round: the new global payload, the chain's state and what each site did."""
+    """A finished round: the new global payload, the chain's state and what each site did.
+
+    `fold` is what was added to the frozen weights so far, `bytes_down_fold` what sending it cost
+    this round's sites, `product_gap` the error of averaging LoRA's factors apart.
+    """
 
     round: int
     payload: dict[str, Tensor]
@@ -44,6 +50,9 @@ class RoundOutcome:
     wall_s: float
     aggregate_s: float
     update_norm: float
+    product_gap: float | None = None
+    fold: Mapping[str, Tensor] = field(default_factory=dict)
+    bytes_down_fold: int = 0
 
 
 class Listener(Protocol):
@@ -89,12 +98,14 @@ class ComposedStrategy(Strategy):
         self._done = 0
         self._base_D = torch.zeros(layout.size)
         self._state: State = chain.init(layout.size)
+        self.fold: dict[str, Tensor] = {}
         self._asked: dict[int, str] = {}
 
-    def restore(self, done: int, state: State) -> None:
-        """Go on after round `done` with the chain's state of that moment."""
+    def restore(self, done: int, state: State, fold: Mapping[str, Tensor] | None = None) -> None:
+        """Go on after round `done` with the chain's state and the fold of that moment."""
         self._done = done
         self._state = state
+        self.fold = dict(fold or {})
 
     def summary(self) -> None:
         """Log what the strategy is made of."""
@@ -134,6 +145,8 @@ class ComposedStrategy(Strategy):
         plan = ConfigRecord({**config, **self._plan(round_), "round": round_})
         plan["layout"] = self._layout.digest
         content = RecordDict({"arrays": arrays, "plan": plan})
+        if self.fold:
+            content["fold"] = to_record(self.fold)
         return [
             Message(content, node_id, kind, group_id=str(round_))
             for node_id in sorted(self._asked, key=self._asked.__getitem__)
@@ -155,7 +168,10 @@ class ComposedStrategy(Strategy):
             weights, outcomes = self._admit(gate, spool, replies)
             self._require_quorum(server_round, len(weights), outcomes)
             received = time.monotonic()
-            delta = self._run_chain(server_round, spool, weights)
+            cohort = Cohort.of(self._layout, self._base_D, spool, weights)
+            delta, gap = self._run_chain(server_round, cohort), product_gap(cohort)
+        folded_down = nbytes(self.fold) * len(self._asked)
+        self.fold = accumulated(self.fold, delta.fold)
         self._base_D, self._done = self._base_D + delta.vector_D, server_round
         payload = self._layout.unflatten(self._base_D)
         update_norm = norm(delta.vector_D)
@@ -169,6 +185,9 @@ class ComposedStrategy(Strategy):
                 now - started,
                 now - received,
                 update_norm,
+                gap,
+                self.fold,
+                folded_down,
             )
         )
         return to_record(payload), MetricRecord({"update-norm": update_norm})
@@ -179,7 +198,7 @@ class ComposedStrategy(Strategy):
         uniform = self._settings.weighting == "uniform"
         weights: dict[str, float] = {}
         outcomes: dict[str, SiteOutcome] = {}
-        down = 4 * self._layout.size
+        down = self._bytes_down()
         for message in replies:
             site = self._asked.get(message.metadata.src_node_id)
             if site is None:
@@ -226,8 +245,10 @@ class ComposedStrategy(Strategy):
             f"and {_RESUME}, or lower run.quorum or strategy.min-sites."
         )
 
-    def _run_chain(self, round_: int, spool: Spool, weights: Mapping[str, float]) -> Delta:
-        cohort = Cohort.of(self._layout, self._base_D, spool, weights)
+    def _bytes_down(self) -> int:
+        return 4 * self._layout.size + nbytes(self.fold)
+
+    def _run_chain(self, round_: int, cohort: Cohort) -> Delta:
         generator = torch.Generator().manual_seed(derive(self._seed, "chain", round_))
         delta, self._state = self._chain.apply(self._state, cohort, generator)
         return delta
@@ -237,7 +258,7 @@ class ComposedStrategy(Strategy):
     ) -> MetricRecord | None:
         """Hand the sites' scores to the listener; they are never mixed into the model."""
         outcomes = [
-            read_reply(site, message, 4 * self._layout.size)[0]
+            read_reply(site, message, self._bytes_down())[0]
             for message in replies
             if (site := self._asked.get(message.metadata.src_node_id)) is not None
         ]

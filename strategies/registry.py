@@ -15,7 +15,7 @@ from typing import TypeAlias, TypeVar
 from pydantic import ConfigDict, ValidationError, validate_call
 
 from models.section import ConfigError, unknown
-from strategies import combine, rules, server_optimizers
+from strategies import combine, lora, rules, server_optimizers
 from strategies.config import StrategyConfig
 from strategies.stage import Post, Pre, Rule, chain
 
@@ -25,7 +25,15 @@ Factory: TypeAlias = Callable[..., S]
 
 PRE: Mapping[str, Factory[Pre]] = MappingProxyType({"clip": rules.clip})
 RULES: Mapping[str, Factory[Rule]] = MappingProxyType(
-    {"mean": rules.mean, "lora-svd": combine.lora_svd}
+    {
+        "mean": rules.mean,
+        "lora-mean": lora.lora_mean,
+        "lora-exact": lora.lora_exact,
+        "lora-stack": lora.lora_stack,
+        "lora-svd": combine.lora_svd,
+        "lora-freeze-a": lora.lora_freeze_a,
+        "lora-alternate": lora.lora_alternate,
+    }
 )
 SERVER_OPTIMIZERS: Mapping[str, Factory[Post]] = MappingProxyType(
     {
@@ -63,6 +71,7 @@ def compose(
             raise ConfigError(f"Expected no options for {stages}, got {odd!r}; leave it out.")
         raise unknown(f"option of {stages}:", odd, known)
     optimizer = _pick("strategy.server-optimizer", server_optimizer, SERVER_OPTIMIZERS)
+    lora.check_server_optimizer(rule, server_optimizer)
     return chain(
         *(_make(_pick("strategy.pre", name, PRE), options) for name in pre),
         _make(_pick("strategy.rule", rule, RULES), options),

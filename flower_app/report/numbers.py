@@ -31,6 +31,11 @@ def score(value: float | None) -> str:
     return f"{value:,.3f}" if abs(value) < 1000 else f"{value:,.1f}"
 
 
+def share(value: float | None) -> str:
+    """A part of a whole in percent."""
+    return MISSING if value is None else f"{100 * value:.3g} %"
+
+
 def count(value: float | None) -> str:
     """A whole number with separators."""
     return MISSING if value is None else f"{value:,.0f}"

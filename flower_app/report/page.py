@@ -9,7 +9,7 @@ import matplotlib
 
 from flower_app.report import tables, words
 from flower_app.report.figures import curves, drawn_sites, site_values, sites, times, traffic
-from flower_app.report.numbers import clean, count, duration, number, safe, score, size
+from flower_app.report.numbers import clean, count, duration, number, safe, score, share, size
 from flower_app.report.records import Run
 from flower_app.report.style import SHEET
 from flower_app.report.svg import STYLE, inline
@@ -113,6 +113,7 @@ def _facts(run: Run) -> str:
         "Rule": summary.get("rule"),
         "Per round, to sites": size(number(summary, "bytes_down_per_round")),
         "Per round, back": size(number(summary, "bytes_up_per_round")),
+        "Error of averaging A and B apart": share(number(summary, "product_gap")),
         "Tokens per second": count(number(summary, "tokens_per_s")),
         "Wall time": duration(number(summary, "wall_s")),
         "Seed": summary.get("seed"),

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from flower_app.report.numbers import MISSING, count, duration, number, plural, safe, score, size
+from flower_app.report.numbers import (
+    MISSING,
+    count,
+    duration,
+    number,
+    plural,
+    safe,
+    score,
+    share,
+    size,
+)
 from flower_app.report.records import Run
 from flower_app.report.table import result_rows
 
@@ -76,6 +86,7 @@ def rounds(run: Run) -> str:
     scores = {row["round"]: row for row in run.evaluations}
     timed = {row["round"]: row for row in run.rounds}
     body = []
+    lora = any("product_gap" in row for row in run.rounds)
     for round_ in sorted({*scores, *timed}):
         row, scored = timed.get(round_), scores.get(round_)
         asked = number(row, "asked")
@@ -90,11 +101,19 @@ def rounds(run: Run) -> str:
                 duration(number(row, "train_s")),
                 duration(number(row, "wait_s")),
                 duration(number(row, "aggregate_s")),
+                *[share(number(row, "product_gap")), size(number(row, "bytes_down_fold"))] * lora,
             ]
         )
     heads = ("round", "loss", run.metric, "replies", "to sites", "back")
-    times = ("training", "waiting", "aggregation")
-    return _table("rounds-table", "Figures of all sites together.", (*heads, *times), body)
+    times: tuple[str, ...] = ("training", "waiting", "aggregation")
+    caption = "Figures of all sites together."
+    if lora:
+        times = (*times, "product gap", "frozen weights")
+        caption += (
+            " The product gap is the error of averaging A and B apart, relative to the mean of "
+            "their products; “frozen weights” are the bytes of their change, sent to the sites."
+        )
+    return _table("rounds-table", caption, (*heads, *times), body)
 
 
 def fold(title: str, content: str, *, is_open: bool) -> str:

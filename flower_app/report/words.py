@@ -74,6 +74,11 @@ def travelled(run: Run) -> list[str]:
     down, up = (number(run.summary, f"bytes_{way}_per_round") for way in ("down", "up"))
     if down is not None and up is not None:
         said.append(f"Per round that is {size(down)} to all sites together and {size(up)} back.")
+    if fold := number(run.summary, "bytes_down_fold_per_round"):
+        said.append(
+            f"Of what went to the sites, {size(fold)} per round was the change of the frozen "
+            "weights by which the rule aggregates exactly."
+        )
     said.append(
         "Trained parameters can carry traces of the rows they were trained on. This page makes no "
         "claim of differential privacy."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -117,6 +118,28 @@ def test_rows_hold_what_was_promised(recording: Recording) -> None:
     assert (first["site"], first["loss_before"], first["loss_after"]) == ("ann", 4.0, 3.0)
     assert first["metric_after"] == pytest.approx(math.exp(3.0))
     assert (first["bytes_down"], first["bytes_up"], first["worker"]) == (400, 500, "host:1")
+
+
+def test_rounds_of_lora_tell_their_gap_and_what_the_fold_costs(recording: Recording) -> None:
+    fold = {"m.lora_fold.weight": torch.ones(2, 2)}
+    first = replace(outcome(1, site("ann", report(Score(1.0, 1)))), product_gap=0.25)
+    second = replace(first, round=2, product_gap=0.5, fold=fold, bytes_down_fold=64)
+    recording.recorder.round_finished(first)
+    recording.recorder.round_finished(second)
+    rows = recording.rows("round")
+    assert rows[0]["product_gap"] == 0.25 and "bytes_down_fold" not in rows[0]
+    assert (rows[1]["product_gap"], rows[1]["bytes_down_fold"]) == (0.5, 64)
+    summary = recording.summary()
+    assert summary["product_gap"] == 0.375 and summary["bytes_down_fold_per_round"] == 32
+    _, checkpoint = RunFolder.resume(
+        recording.config.model_copy(
+            update={"run": recording.config.run.model_copy(update={"resume": "latest"})}
+        )
+    )
+    assert checkpoint and torch.equal(checkpoint.fold["m.lora_fold.weight"], torch.ones(2, 2))
+    page = write_report(recording.folder.path).read_text()
+    for words in ("product gap", "25 %", "37.5 %", "64 B"):
+        assert words in page
 
 
 def test_evaluations_weigh_sites_by_their_labels(recording: Recording) -> None:

@@ -1,0 +1,254 @@
+"""Rules that know LoRA: what becomes of the factors A and B, and of their products.
+
+Averaging A and B apart is not averaging the products B A that the sites have trained; the rules
+differ in what they do about it. Shape suffixes as in `product`. Products are without LoRA's scale
+alpha / rank. None of these rules is robust: breakdown point 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from models.section import ConfigError
+from strategies.cohort import Cohort, CohortError, Delta
+from strategies.product import Pair, stacked, structure
+from strategies.rules import mean
+from strategies.stage import Rule, Stage, State, pure
+
+# A server optimiser would move what these rules set, or hold still, exactly.
+_EXACT = ("lora-exact", "lora-stack", "lora-alternate")
+_BLOCK = 256
+
+
+def lora_mean() -> Rule:
+    """Weighted means of A and of B, apart, as `mean` does; its product is not the mean of products.
+
+    The usual way (FedIT, Zhang et al. 2024). O(N D) time.
+    """
+
+    def apply(cohort: Cohort) -> Delta:
+        _pairs(cohort, "lora-mean")
+        return _averaged(cohort)
+
+    return Stage("lora-mean", Cohort, Delta, pure(apply), proves=mean().proves)
+
+
+def lora_exact() -> Rule:
+    """Means of A and of B, and what their product lacks goes into the frozen weights.
+
+    FedEx-LoRA (Singhal et al. 2025): the residual is mean(B A) - mean(B) mean(A). Here it has
+    (N - 1) R columns of factors: with H an orthonormal basis of what is orthogonal to sqrt(w), it
+    is sum_j b_j a_j for b_j = sum_i H_ji sqrt(w_i) B_i and a_j alike. Exact to the rounding of
+    float32. O(N^2 D) time, memory of N deltas.
+    """
+
+    def apply(cohort: Cohort) -> Delta:
+        pairs, (rows, shares) = _pairs(cohort, "lora-exact", folds=True), _terms(cohort)
+        mix = _residual_mix(shares)
+        fold = {pair.module: _residual(pair, rows, mix) for pair in pairs}
+        return replace(_averaged(cohort), fold=fold)
+
+    return Stage("lora-exact", Cohort, Delta, pure(apply))
+
+
+def lora_stack() -> Rule:
+    """The mean of products goes into the frozen weights, and A and B start anew.
+
+    FLoRA (Wang et al. 2024): sum over sites of w B A as N R columns of stacked factors.
+    A is drawn again as PEFT draws it (uniform within 1 / sqrt(I)), B is zero; for embeddings, as
+    PEFT has it, A is zero and B normal. O(N D) time, memory of N deltas.
+    """
+
+    def apply(state: State, cohort: Cohort, generator: torch.Generator) -> tuple[Delta, State]:
+        pairs, (rows, shares) = _pairs(cohort, "lora-stack", folds=True), _terms(cohort)
+        delta = _averaged(cohort)
+        fold = {pair.module: _stack(pair, cohort.base_D, rows, shares) for pair in pairs}
+        for pair in pairs:
+            (a, b), (base_a, base_b) = pair.factors(delta.vector_D), pair.factors(cohort.base_D)
+            fresh_a, fresh_b = _start(pair, generator)
+            a.copy_(fresh_a - base_a)
+            b.copy_(fresh_b - base_b)
+        return replace(delta, fold=fold), state
+
+    return Stage("lora-stack", Cohort, Delta, apply)
+
+
+def lora_freeze_a() -> Rule:
+    """Weighted mean of B (and heads), while A stays at its seeded start and does not travel.
+
+    FFA-LoRA (Sun et al. 2024): with one A for all, the mean of B is exact. Where A is in
+    the layout all the same it stays as it is. O(N D) time.
+    """
+
+    def apply(cohort: Cohort) -> Delta:
+        if not any(".lora_B." in name for name in cohort.layout.names):
+            raise _misfit("lora-freeze-a", "no factor B")
+        return _held(_averaged(cohort), "lora_A")
+
+    return Stage("lora-freeze-a", Cohort, Delta, pure(apply))
+
+
+def lora_alternate() -> Rule:
+    """Weighted mean of B in odd rounds and of A in even ones; the other factor stays as it is.
+
+    RoLoRA (Chen et al. 2025): with one factor the same for all, the mean is exact.
+    O(N D) time.
+    """
+
+    def init(size: int) -> State:
+        return {"rounds": torch.zeros((), dtype=torch.int64)}
+
+    def apply(state: State, cohort: Cohort, generator: torch.Generator) -> tuple[Delta, State]:
+        _pairs(cohort, "lora-alternate")
+        rounds = state["rounds"] + 1
+        return _held(_averaged(cohort), frozen_factor(int(rounds))), {"rounds": rounds}
+
+    return Stage("lora-alternate", Cohort, Delta, apply, init)
+
+
+def frozen_factor(round_: int) -> str:
+    """The factor that `lora-alternate` holds still in round `round_`, counted from 1."""
+    return "lora_A" if round_ % 2 else "lora_B"
+
+
+def check_server_optimizer(rule: str, server_optimizer: str) -> None:
+    """Refuse a server optimiser that would undo what the rule is for; raises ConfigError."""
+    if rule in _EXACT and server_optimizer != "none":
+        raise ConfigError(
+            f"Expected strategy.server-optimizer='none' with strategy.rule={rule!r}, got "
+            f"{server_optimizer!r}, which would move the factors away from what is exact; set it "
+            "to 'none', or pick strategy.rule='lora-mean'."
+        )
+
+
+def product_gap(cohort: Cohort) -> float | None:
+    """Relative error of averaging A and B apart; None for a layout without pairs.
+
+    ||mean(B A) - mean(B) mean(A)|| / ||mean(B A)||, Frobenius over all pairs, by Gram matrices of
+    the factors: O((N R)^2 (I + O)) per pair at most, and no product of shape (O, I).
+    """
+    pairs = structure(cohort.layout).pairs
+    if not pairs:
+        return None
+    rows, shares = _terms(cohort)
+    mix = _residual_mix(shares)
+    gap = sum(_square(*_residual(pair, rows, mix)) for pair in pairs)
+    total = sum(_square(*_stack(pair, cohort.base_D, rows, shares)) for pair in pairs)
+    return math.sqrt(gap / total) if total > 0 else 0.0
+
+
+def _averaged(cohort: Cohort) -> Delta:
+    delta, _ = mean().apply({}, cohort, torch.Generator())
+    return delta
+
+
+def _held(delta: Delta, factor: str) -> Delta:
+    """`delta` with zeros for one factor, whether it is of a pair or not."""
+    parts = delta.layout.unflatten(delta.vector_D)
+    held = {
+        name: torch.zeros_like(part) if f".{factor}." in name else part
+        for name, part in parts.items()
+    }
+    return replace(delta, vector_D=delta.layout.flatten(held))
+
+
+def _pairs(cohort: Cohort, rule: str, *, folds: bool = False) -> tuple[Pair, ...]:
+    pairs = structure(cohort.layout).pairs
+    names = cohort.layout.names
+    if not pairs:
+        raise _misfit(rule, "no pair of them")
+    if folds and (odd := [name for name in names if "lora_magnitude_vector" in name]):
+        raise ConfigError(
+            f"Expected LoRA's plain product for strategy.rule={rule!r}, got {odd[0]!r} of DoRA, "
+            "which scales the frozen weight too; take 'use_dora' out of payload.options, or set "
+            "strategy.rule='lora-mean'."
+        )
+    paired = {name for pair in pairs for name in (pair.a, pair.b)}
+    if odd := [n for n in names if ".lora_A." in n and n not in paired and folds]:
+        raise ConfigError(
+            f"Expected factors of linear and embedding layers for strategy.rule={rule!r}, got "
+            f"{odd[0]!r}; leave that module out of payload.target-modules."
+        )
+    return pairs
+
+
+def _misfit(rule: str, got: str) -> ConfigError:
+    return ConfigError(
+        f"Expected LoRA factors A and B in the payload with strategy.rule={rule!r}, got {got}; set "
+        "payload.kind='lora' or strategy.rule='mean'."
+    )
+
+
+def _terms(cohort: Cohort) -> tuple[list[Tensor], Tensor]:
+    """Updates (D,) and their shares, float64 with sum 1, of which the aggregate is the mean.
+
+    Of a mixed cohort these are the sites' own updates: products are averaged, not mixed factors.
+    """
+    rows, shares_N = list(cohort.source.rows), cohort.coefficients_S
+    rest = 1.0 - float(shares_N.sum())
+    if rest > 1e-6:  # a mix that shortens leaves the rest with the payload as it was
+        rows.append(torch.zeros(cohort.layout.size))
+        shares_N = torch.cat([shares_N, torch.tensor([rest], dtype=torch.float64)])
+    if bool((shares_N < 0).any()):
+        raise CohortError(
+            "Expected averages of the sites' updates under a rule for LoRA, got a negative "
+            "coefficient; leave out the stage before it (strategy.pre)."
+        )
+    return rows, shares_N.div_(shares_N.sum())
+
+
+def _residual_mix(shares_N: Tensor) -> Tensor:
+    """H diag(sqrt(w)), shape (N - 1, N): H has orthonormal rows orthogonal to sqrt(w)."""
+    root = shares_N.sqrt()
+    basis, _ = torch.linalg.qr(root[:, None], mode="complete")
+    mix: Tensor = basis[:, 1:].T * root
+    return mix
+
+
+def _residual(pair: Pair, rows: Sequence[Tensor], mix: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors of mean(B A) - mean(B) mean(A), in which the base cancels."""
+    factors = [pair.factors(row) for row in rows]
+    a = torch.stack([a for a, _ in factors]).double()
+    b = torch.stack([b for _, b in factors]).double()
+    right = torch.einsum("jn,nri->jri", mix, a).reshape(-1, pair.fan_in)
+    left = torch.einsum("jn,nor->ojr", mix, b).reshape(pair.fan_out, -1)
+    return left.float(), right.float()
+
+
+def _stack(
+    pair: Pair, base_D: Tensor, rows: Sequence[Tensor], shares_N: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Factors of mean(B A)."""
+    base_a, base_b = pair.factors(base_D)
+    moved = [pair.factors(row) for row in rows]
+    return stacked([(base_a + a, base_b + b) for a, b in moved], shares_N.tolist())
+
+
+def _start(pair: Pair, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A (R, I) and B (O, R) as PEFT starts them."""
+    a, b = torch.zeros(pair.rank, pair.fan_in), torch.zeros(pair.fan_out, pair.rank)
+    if "lora_embedding_A" in pair.a:
+        return a, b.normal_(generator=generator)
+    # Kaiming's uniform start with a = sqrt(5), as linear layers have it.
+    bound = 1.0 / math.sqrt(pair.fan_in)
+    return a.uniform_(-bound, bound, generator=generator), b
+
+
+def _square(left: Tensor, right: Tensor) -> float:
+    """Squared Frobenius norm of left (O, K) @ right (K, I), in float64 and in blocks."""
+    left, right = left.double(), right.double()
+    columns = right.shape[0]
+    if columns * (left.shape[0] + right.shape[1]) > left.shape[0] * right.shape[1]:
+        # So many columns cost more than the product, which is made a few rows at a time.
+        parts = (float((rows @ right).square().sum()) for rows in left.split(_BLOCK))
+        return math.fsum(parts)
+    grams = (
+        float(((left[:, at : at + _BLOCK].T @ left) * (right[at : at + _BLOCK] @ right.T)).sum())
+        for at in range(0, columns, _BLOCK)
+    )
+    return max(math.fsum(grams), 0.0)
