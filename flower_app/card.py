@@ -9,6 +9,15 @@ from flower_app import compose
 from flower_app.config import Config
 
 
+def _warning(config: Config) -> str:
+    if config.attack.name == "none":
+        return ""
+    return (
+        f"**Do not use it.** It was trained under a simulated attack, `{config.attack.name}`, to "
+        "measure what the attack does.\n\n"
+    )
+
+
 def model_card(config: Config, facts: Mapping[str, Any]) -> str:
     """Markdown with the metadata header that model hubs read; names no path of the server."""
     named = config.model.name
@@ -40,7 +49,7 @@ A `{config.payload.kind}` payload for `{base}` ({config.model.task}), trained wi
 | Base model digest | `{facts["base"]}` |
 | Seed | {config.run.seed} |
 
-Load it with `{use}`. Numbers and plots are in the run's `report.html`.
+{_warning(config)}Load it with `{use}`. Numbers and plots are in the run's `report.html`.
 {_personal(config)}
 No differential privacy was applied: a payload can reveal something about the rows behind it.
 """

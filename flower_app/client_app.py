@@ -58,6 +58,7 @@ def answering(name: str) -> Callable[[Handler], Callable[[Message, Context], Mes
             node = None
             try:
                 config, node = parse(context.run_config), parse_node(context.node_config)
+                _check_attack(config, node)
                 content = handler(message, config, node)
             except _EXPLAINED as error:
                 log(ERROR, "%s", error)
@@ -73,6 +74,14 @@ def answering(name: str) -> Callable[[Handler], Callable[[Message, Context], Mes
         return answer
 
     return decorate
+
+
+def _check_attack(config: Config, node: NodeConfig) -> None:
+    if config.attack.name != "none" and not node.simulated:
+        raise ConfigError(
+            f"Expected attack.name='none' at a deployed site, got {config.attack.name!r}; attacks "
+            "are for simulations only."
+        )
 
 
 def _refusal(error: Exception, node: NodeConfig | None) -> ConfigRecord:
@@ -144,6 +153,7 @@ def on_train(message: Message, config: Config, node: NodeConfig) -> RecordDict:
     work = SiteRound(config, node, payload, site, received, plan, done=round_ - 1)
     loaded = time.perf_counter()
     before = _WORKER.score(config, site, payload, pad_token(base))
+    backdoor = _WORKER.backdoor(config, site, payload)
     scored = time.perf_counter()
     outcome = work.train()
     trained = time.perf_counter()
@@ -167,6 +177,7 @@ def on_train(message: Message, config: Config, node: NodeConfig) -> RecordDict:
         "worker": worker_name(),
     }
     report |= score_fields("before", before) | score_fields("after", after)
+    report |= score_fields("backdoor", backdoor) if backdoor.rows else {}
     return RecordDict({"arrays": to_record(delta), "report": ConfigRecord({**report})})
 
 
@@ -180,8 +191,11 @@ def on_evaluate(message: Message, config: Config, node: NodeConfig) -> RecordDic
     received = decode_all(arrays_of(message.content))
     work = SiteRound(config, node, payload, site, received, plan, done=int(str(plan["round"])))
     score = _WORKER.score(config, site, payload, pad_token(base))
+    backdoor = _WORKER.backdoor(config, site, payload)
     work.keep_adapter()
-    return RecordDict({"report": ConfigRecord({**score_fields("before", score)})})
+    fields = score_fields("before", score)
+    fields |= score_fields("backdoor", backdoor) if backdoor.rows else {}
+    return RecordDict({"report": ConfigRecord({**fields})})
 
 
 @app.train("baseline")

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+from flower_app.adversary import Adversary
 from flower_app.config import Config
+from flower_app.data import poison
 from flower_app.data.format import prompt_maker
 from flower_app.data.site import label_names
 from models import attention, base, payload
 from models.base import Base
+from models.layout import Layout
 from models.payload import Payload, prompting
 from models.section import ConfigError
 from models.seeds import derive
 from strategies import registry
+from strategies.attacks import registry as attacks
+from strategies.attacks.registry import Attack
 from strategies.stage import Rule
 
 
@@ -27,11 +34,31 @@ def check_names(config: Config) -> None:
         )
     prompt_maker(config.data.template)
     registry.build(config.strategy)
+    poison.check(attack(config).poison, config.data)
 
 
 def chain(config: Config) -> Rule:
     """The aggregation chain: pre-aggregation, rule, server optimiser."""
     return registry.build(config.strategy)
+
+
+def attack(config: Config) -> Attack:
+    """What the malicious sites of a simulation do."""
+    return attacks.pick(config.attack)
+
+
+def malicious(config: Config, sites: Iterable[str]) -> frozenset[str]:
+    """Sites of a simulation that carry out the configured attack."""
+    return attacks.malicious(sites, config.attack, config.run.seed)
+
+
+def adversary(config: Config, layout: Layout, sites: Iterable[str]) -> Adversary | None:
+    """Who rewrites the replies of malicious sites; None where no attack does that."""
+    picked = attack(config)
+    if not picked.rewrites:
+        return None
+    chosen = malicious(config, sites)
+    return Adversary(picked, config.attack, chosen, layout, config.run.seed)
 
 
 def num_labels(config: Config) -> int:

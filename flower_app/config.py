@@ -13,6 +13,7 @@ from pydantic_core import ErrorDetails
 from flower_app.data.config import DataConfig
 from models.config import ModelConfig, PayloadConfig, TrainConfig
 from models.section import ConfigError, Section, unknown
+from strategies.attacks.config import AttackConfig
 from strategies.config import StrategyConfig
 
 Value = bool | int | float | str
@@ -62,6 +63,7 @@ class Config(Section):
     data: DataConfig
     train: TrainConfig
     strategy: StrategyConfig
+    attack: AttackConfig
 
     def flat(self) -> dict[str, Value]:
         """All keys, dotted and in kebab case, with their resolved values."""
@@ -186,6 +188,16 @@ def _wrong_pairs(config: Config) -> Iterator[str]:
         yield (
             "Expected train.packing='off' or 'auto' with model.task='classification', got 'on'; a "
             "class label belongs to one document."
+        )
+    if config.attack.name != "none" and config.data.partition == "own":
+        yield (
+            f"Expected attack.name='none' with data.partition='own', got {config.attack.name!r}; "
+            "attacks are for simulations, never for sites with rows of their own."
+        )
+    if config.attack.name != "none" and config.run.baselines:
+        yield (
+            f"Expected run.baselines=false with attack.name={config.attack.name!r}, got true; run "
+            "the baselines without an attack."
         )
     if config.run.baselines and config.data.partition == "own":
         yield (

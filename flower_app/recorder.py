@@ -64,6 +64,12 @@ class Recorder:
                 {"kind": "site", "round": 0, "site": site, "status": "refused", "reason": reason}
             )
 
+    def attacked(self, name: str, malicious: Iterable[str]) -> None:
+        """Log that the run is under a simulated attack, by which sites."""
+        self._folder.log(
+            {"kind": "attack", "round": 0, "name": name, "malicious": sorted(malicious)}
+        )
+
     def round_finished(self, outcome: RoundOutcome) -> None:
         """Log the round's rows and make it the round to resume from."""
         good = [site for site in outcome.sites if site.status == "ok"]
@@ -116,6 +122,9 @@ class Recorder:
             "per_site": {site: self.score(score) for site, score in scores.items()},
             "sums": {site: list(astuple(score)) for site, score in scores.items()},
         }
+        backdoor = sum((read_score("backdoor", site.report) for site in sites), Score())
+        if backdoor.rows:
+            row["backdoor_success"] = backdoor.correct / backdoor.rows
         self._folder.log(row)
         log(INFO, "Held-out after round %d: loss %.4f, %s %.4f", round_, total.loss, self._metric,
             total.metric(self._metric))  # fmt: skip
@@ -231,6 +240,7 @@ def summarise(
         "bytes_down_fold_per_round": _per_round(rounds, "bytes_down_fold"),
         "product_gap": _average(rounds, ("product_gap",))["product_gap"],
         "tokens_per_s": tokens / wall if wall else 0.0,
+        "attack": attack_in(rows),
         "quarantined": [
             {key: row[key] for key in ("round", "site", "status", "reason")}
             for row in sites
@@ -242,6 +252,21 @@ def summarise(
             "aggregation": sum(row["aggregate_s"] for row in rounds),
         },
     } | dict(facts)
+
+
+def attack_in(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The simulated attack of a run: name, malicious sites, last success rate of its backdoor.
+
+    The rate is None without a backdoor; without an attack all is None.
+    """
+    found: dict[str, Any] | None = None
+    success = None
+    for row in rows:
+        if row.get("kind") == "attack":
+            found = {key: row.get(key) for key in ("name", "malicious")}
+        elif row.get("kind") == "evaluation":
+            success = row.get("backdoor_success", success)
+    return found and found | {"backdoor_success": success}
 
 
 def human_bytes(count: float) -> str:

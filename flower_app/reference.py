@@ -21,6 +21,7 @@ from flower_app.node import NodeConfig
 from models import payload
 from models.section import Section
 from strategies import registry
+from strategies.attacks import registry as attacks
 
 ROOT = Path(__file__).resolve().parent.parent
 _BOUNDS = {"ge": "≥ {}", "gt": "> {}", "le": "≤ {}", "lt": "< {}", "min_length": "not empty"}
@@ -82,6 +83,7 @@ def _choices(key: str, info: FieldInfo) -> str:
         "strategy.rule": sorted(registry.RULES),
         "strategy.pre": sorted(registry.PRE),
         "strategy.server-optimizer": sorted(registry.SERVER_OPTIMIZERS),
+        "attack.name": list(attacks.ATTACKS),
     }.get(key) or list(typing.get_args(info.annotation))
     if named:
         return ", ".join(f"`{name}`" for name in named)

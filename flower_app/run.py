@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from logging import INFO
+from logging import INFO, WARNING
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +56,11 @@ def run(grid: Grid, config: Config) -> RunFolder:
     earlier_s = sum(row["wall_s"] for row in folder.rows() if row["kind"] == "round")
     recorder = Recorder(config, folder, facts)
     recorder.refused(roster.refused())
+    if malicious := compose.malicious(config, members):
+        log(WARNING, "Simulated attack %r by %s.", config.attack.name, ", ".join(sorted(malicious)))
+        recorder.attacked(config.attack.name, malicious)
     plan = _plan(folder, facts, _mode(members))
-    strategy = _strategy(config, payload, roster, recorder, folder, plan)
+    strategy = _strategy(config, payload, roster, recorder, folder, plan, members)
     if checkpoint:
         strategy.restore(checkpoint.round, checkpoint.state, checkpoint.fold)
         log(INFO, "Going on after round %d.", checkpoint.round)
@@ -115,10 +118,26 @@ def _check_mode(config: Config, members: Mapping[str, Member]) -> None:
             f"Expected data.partition='own' with deployed sites ({', '.join(deployed)}), got "
             f"{config.data.partition!r}; each of them has rows of its own."
         )
+    if config.attack.name != "none":
+        _check_attack(config, members, deployed)
     if config.run.baselines and _mode(members) == "deployment":
         raise ConfigError(
             "Expected a simulation with run.baselines=true, got deployed sites, whose rows stay "
             "with them; set it to false."
+        )
+
+
+def _check_attack(config: Config, members: Mapping[str, Member], deployed: list[str]) -> None:
+    if deployed:
+        raise ConfigError(
+            f"Expected attack.name='none' with deployed sites ({', '.join(deployed)}), got "
+            f"{config.attack.name!r}; attacks are for simulations only."
+        )
+    expected = max(member.partitions for member in members.values())
+    if len(members) != expected:  # both ends draw the malicious sites from the names of all
+        raise ConfigError(
+            f"Expected all {expected} simulated sites to take part with attack.name="
+            f"{config.attack.name!r}, got {len(members)}; mend the others, whose log says why."
         )
 
 
@@ -136,7 +155,9 @@ def _strategy(
     recorder: Recorder,
     folder: RunFolder,
     plan: Mapping[str, Scalar],
+    sites: Iterable[str],
 ) -> ComposedStrategy:
+    adversary = compose.adversary(config, payload.layout, sites)
     return ComposedStrategy(
         config.strategy,
         compose.chain(config),
@@ -147,6 +168,7 @@ def _strategy(
         plan=lambda round_: plan,
         spool=_spool(folder),
         listener=recorder,
+        **({"tamper": adversary.tamper} if adversary else {}),
     )
 
 

@@ -15,6 +15,7 @@ from flwr.common.logger import log
 
 from flower_app import compose
 from flower_app.config import Config
+from flower_app.data.poison import poison, triggered
 from flower_app.data.site import Simulation, SiteRows, load_site
 from flower_app.data.source import DataError
 from flower_app.node import NodeConfig
@@ -39,6 +40,7 @@ class Site:
     ranked: tuple[Ranked, ...]
     held_out_rows: int
     notes: str
+    triggered: tuple[Batch, ...] = ()
 
 
 @dataclass
@@ -102,11 +104,15 @@ class Worker:
             score = Score(score.loss_sum, score.counted, right, len(site.ranked))
         return score
 
+    def backdoor(self, config: Config, site: Site, payload: Payload) -> Score:
+        """How many triggered held-out rows the payload puts into the attacker's class."""
+        return evaluate(payload, site.triggered, config.train)
+
     def _open(self, config: Config, node: NodeConfig, name: str) -> Site:
         rows = self._load(config, node, name)
         if name not in self._sites:
             base, payload = self.model(config, node)
-            train = self._encode(config, base, payload, rows.train)
+            train = self._encode(config, base, payload, self._poisoned(config, node, rows))
             held_out = self._encode(config, base, payload, rows.held_out)
             pad_id = pad_token(base)
             self._sites[name] = Site(
@@ -118,8 +124,26 @@ class Worker:
                 len(rows.held_out),
                 f"{train.truncated} rows cut to train.max-length, {train.dropped} without a label "
                 f"left, {rows.dropped_duplicates} also held out",
+                self._triggered(config, base, payload, rows.held_out),
             )
         return self._sites[name]
+
+    def _poisoned(self, config: Config, node: NodeConfig, rows: SiteRows) -> Sequence[Record]:
+        """The site's training rows, poisoned where it is a malicious one of a simulation."""
+        kind = compose.attack(config).poison
+        if kind == "none" or rows.name not in compose.malicious(config, self.names(config, node)):
+            return rows.train
+        seed = derive(config.run.seed, "poison", rows.name)
+        return poison(kind, rows.train, config.attack, compose.num_labels(config), seed)
+
+    def _triggered(
+        self, config: Config, base: Base, payload: Payload, held_out: Sequence[Record]
+    ) -> tuple[Batch, ...]:
+        """Batches on which a backdoor's success is measured; none without a backdoor."""
+        if compose.attack(config).poison != "backdoor":
+            return ()
+        encoded = self._encode(config, base, payload, triggered(held_out, config.attack))
+        return tuple(eval_batches(encoded.examples, config.train.batch_size, pad_token(base)))
 
     def _simulated(self, config: Config, node: NodeConfig) -> Simulation:
         self._forget_others(config, node)
@@ -146,7 +170,12 @@ class Worker:
 
     def _forget_others(self, config: Config, node: NodeConfig) -> None:
         """Drop rows that were read and encoded under another configuration."""
-        parts = (config.data, config.train, node.model_copy(update={"partition_id": -1}))
+        parts = (
+            config.data,
+            config.train,
+            config.attack,
+            node.model_copy(update={"partition_id": -1}),
+        )
         model = compose.model_key(config, node.model_path)
         key = "\n".join([*(part.model_dump_json() for part in parts), model])
         if key != self._key:

@@ -65,12 +65,16 @@ class Listener(Protocol):
         """Called with the scores of the global payload after `round_` rounds."""
 
 
+# Round, node id -> site, payload before the round, replies: the replies that the gate is shown.
+Tamper = Callable[[int, Mapping[int, str], Tensor, Iterable[Message]], Iterable[Message]]
+
+
 class ComposedStrategy(Strategy):
     """Plans rounds, gates replies and runs the chain; the only subclass of Flower's Strategy.
 
     `members` maps the names of the sites that are present to their node ids, `plan` gives what a
-    site needs to know of a round. Given the same seed, members and replies, the result is the same
-    bit for bit, in whatever order the replies arrive.
+    site needs to know of a round; `tamper` is the adversary of a simulation. Given the same seed,
+    members and replies, the result is the same bit for bit, in whatever order the replies arrive.
     """
 
     def __init__(
@@ -85,6 +89,7 @@ class ComposedStrategy(Strategy):
         plan: Callable[[int], Mapping[str, Scalar]],
         spool: Path,
         listener: Listener,
+        tamper: Tamper = lambda round_, asked, base_D, replies: replies,
     ) -> None:
         self._settings = settings
         self._chain = chain
@@ -95,6 +100,7 @@ class ComposedStrategy(Strategy):
         self._plan = plan
         self._spool = spool
         self._listener = listener
+        self._tamper = tamper
         self._done = 0
         self._base_D = torch.zeros(layout.size)
         self._state: State = chain.init(layout.size)
@@ -165,7 +171,8 @@ class ComposedStrategy(Strategy):
             server_round, self._layout, set(self._asked.values()), s.max_update_norm, s.weight_cap
         )
         with Spool(self._spool) as spool:
-            weights, outcomes = self._admit(gate, spool, replies)
+            shown = self._tamper(server_round, self._asked, self._base_D, replies)
+            weights, outcomes = self._admit(gate, spool, shown)
             self._require_quorum(server_round, len(weights), outcomes)
             received = time.monotonic()
             cohort = Cohort.of(self._layout, self._base_D, spool, weights)

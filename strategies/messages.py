@@ -34,8 +34,12 @@ class SiteOutcome:
 
 def to_record(tensors: Mapping[str, Tensor]) -> ArrayRecord:
     """Pack named tensors into an ArrayRecord of raw bytes, in order."""
-    raw = {name: encode(tensor) for name, tensor in tensors.items()}
-    return ArrayRecord({name: Array(r.dtype, r.shape, _STYPE, r.data) for name, r in raw.items()})
+    return pack({name: encode(tensor) for name, tensor in tensors.items()})
+
+
+def pack(arrays: Mapping[str, RawArray]) -> ArrayRecord:
+    """Raw arrays as an ArrayRecord, in order, as they are."""
+    return ArrayRecord({n: Array(r.dtype, r.shape, _STYPE, r.data) for n, r in arrays.items()})
 
 
 def from_record(record: ArrayRecord) -> dict[str, RawArray]:

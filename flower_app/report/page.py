@@ -48,7 +48,9 @@ def render(run: Run) -> str:
 <div class="brand">{FLOWER}<span>florilegium · run report</span></div>
 <h1>{name}</h1>
 {"" if run.finished else '<div class="badge">In progress</div>'}
+{'<div class="badge">Simulated attack</div>' if run.attack else ""}
 <p class="lead">{safe(words.headline(run))} {safe(" ".join(words.verdict(run)), 900)}</p>
+{_paragraphs(words.attack(run), "attack")}
 {_facts(run)}
 </header>
 <main>

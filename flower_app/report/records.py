@@ -31,6 +31,7 @@ class Run:
     central: Row | None
     config_text: str
     unread_lines: int
+    attack: Row | None = None
 
     @property
     def metric(self) -> str:
@@ -102,6 +103,7 @@ def read_run(folder: Path) -> Run:
         central=central,
         config_text=config_text,
         unread_lines=unread,
+        attack=next((row for row in reversed(rows) if row.get("kind") == "attack"), None),
     )
 
 

@@ -53,6 +53,27 @@ def verdict(run: Run) -> list[str]:
     return said
 
 
+def attack(run: Run) -> list[str]:
+    """That the run was under a simulated attack, by whom, and what came of its backdoor."""
+    if run.attack is None:
+        return []
+    named = run.attack.get("malicious")
+    sites = [str(site) for site in named] if isinstance(named, list) else []
+    said = [
+        f"This run was under a simulated attack, {run.attack.get('name')}, by "
+        f"{len(sites)} of its {len(run.sites)} sites: {', '.join(sites)}. Do not use its model."
+    ]
+    rates = [number(row, "backdoor_success") for row in run.evaluations]
+    known = [rate for rate in rates if rate is not None]
+    if known:
+        said.append(
+            f"The global model puts {100 * known[-1]:.1f} % of the held-out rows of other classes "
+            f"into the attacker's class once they carry the trigger; at first it was "
+            f"{100 * known[0]:.1f} %."
+        )
+    return said
+
+
 def travelled(run: Run) -> list[str]:
     """What went from the sites to the server and back, for a data-protection officer."""
     payload = run.summary.get("payload")

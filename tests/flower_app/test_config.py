@@ -139,6 +139,8 @@ INCOHERENT: list[tuple[dict[str, Value], str]] = [
         "belongs to one document",
     ),
     ({"run__baselines": True, "data__partition": "own"}, "only a simulation has"),
+    ({"attack__name": "ipm", "data__partition": "own"}, "never for sites with rows of their own"),
+    ({"attack__name": "ipm", "run__baselines": True}, "run the baselines without an attack"),
 ]
 
 
@@ -218,6 +220,8 @@ def configs(draw: st.DrawFn) -> dict[str, Value]:
     flat["train.packing"] = draw(st.sampled_from(["auto", "off"]))
     flat["data.sizes"] = "0.5,0.25"
     flat["run.baselines"] = False
+    if flat["data.partition"] == "own":
+        flat["attack.name"] = "none"
     flat["run.name"] = draw(st.from_regex(r"[A-Za-z0-9._-]+", fullmatch=True))
     flat["payload.kind"], flat["model.quantization"] = "full", "none"
     if flat["strategy.server-optimizer"] == "none":

@@ -364,3 +364,30 @@ def test_before_and_after_are_compared_on_the_rows_of_the_same_sites(recording: 
     recorder.evaluated(1, both)
     summary = summarise(recording.config, recording.folder.rows(), {})
     assert (summary["zero_shot"]["loss"], summary["federated"]["loss"]) == (4.0, 3.0)
+
+
+def test_an_attack_and_the_success_of_its_backdoor_are_told(tmp_path: Path) -> None:
+    recording = Recording(tmp_path, attack__name="sign-flip")
+    assert recording.summary()["attack"] is None
+    recording.recorder.attacked("backdoor", {"west", "north"})
+    good = report(Score(1.0, 4, 3, 4), **score_fields("backdoor", Score(1, 4, 1, 4)))
+    none = report(Score(1.0, 4, 3, 4), **score_fields("backdoor", Score(1, 4, 0, 4)))
+    false = report(Score(1.0, 4, 3, 4), **score_fields("backdoor", Score(1, 4, 5, 4)))
+    sites = [site("north", good), site("south", none), site("west", false)]
+    recording.recorder.evaluated(0, sites)
+    (row,) = recording.rows("evaluation")
+    assert row["backdoor_success"] == 0.125
+    summary = recording.summary()["attack"]
+    assert summary == {
+        "name": "backdoor", "malicious": ["north", "west"], "backdoor_success": 0.125,
+    }  # fmt: skip
+    page = write_report(recording.folder.path).read_text()
+    assert "under a simulated attack, backdoor, by 2 of its 3 sites" in page
+    assert "north, west. Do not use its model." in page and "12.5 %" in page
+    assert '<div class="badge">Simulated attack</div>' in page
+
+
+def test_a_run_without_an_attack_says_nothing_of_one(recording: Recording) -> None:
+    recording.recorder.evaluated(0, [site("north", report(Score(1.0, 4, 3, 4)))])
+    assert recording.summary()["attack"] is None
+    assert "attack" not in write_report(recording.folder.path).read_text().split("<pre>")[0]

@@ -1,0 +1,1 @@
+"""Attacks on a federation, to try defences on in simulation: what dishonest sites would send."""
