@@ -139,8 +139,8 @@ def test_replies_carry_it_where_there_is_a_backdoor(classifying: Nodes, name: st
     _, report = classifying.train(node, attack__name=name)
     assert ("backdoor-rows" in report) == (name == "backdoor")
     start = classifying.start(attack__name=name)
-    content = classifying.ask("evaluate", node, start, attack__name=name)
-    assert ("backdoor-rows" in content.config_records["report"]) == (name == "backdoor")
+    report = classifying.evaluate(node, start, attack__name=name)
+    assert ("backdoor-rows" in report) == (name == "backdoor")
 
 
 def test_a_deployed_site_refuses_every_attack(nodes: Nodes) -> None:
