@@ -35,6 +35,24 @@ def check_names(config: Config) -> None:
     prompt_maker(config.data.template)
     registry.build(config.strategy)
     poison.check(attack(config).poison, config.data)
+    _check_factors(config)
+
+
+def _check_factors(config: Config) -> None:
+    """Refuse LoRA rules on payloads of which they do not find the factors that they work on."""
+    rule = config.strategy.rule
+    if rule == "lora-share-a" and config.payload.kind != "lora":
+        raise ConfigError(
+            f"Expected payload.kind='lora' with strategy.rule={rule!r}, got "
+            f"{config.payload.kind!r}; set it, or strategy.rule='mean'."
+        )
+    halves = {part for entry in personal(config).split(",") for part in entry.strip().split(".")}
+    if rule in ("lora-svd", "lora-exact", "lora-stack") and halves & {"lora_A", "lora_B"}:
+        raise ConfigError(
+            f"Expected whole pairs of factors to travel with strategy.rule={rule!r}, got "
+            f"payload.personal={config.payload.personal!r}; leave lora_A and lora_B out of it, or "
+            "set strategy.rule='mean'."
+        )
 
 
 def chain(config: Config) -> Rule:
@@ -81,12 +99,17 @@ def num_classes(loaded: Base) -> int:
 
 def personal(config: Config) -> str:
     """The parts of the payload that stay at the site, comma-separated."""
-    return config.payload.personal
+    own = ["lora_B"] if config.strategy.rule == "lora-share-a" else []
+    return ",".join(filter(None, [config.payload.personal, *own]))
 
 
 def keeps(config: Config) -> str:
-    """What makes a site keep something across rounds, as settings a person knows; empty if none."""
-    return "payload.personal" if personal(config) else ""
+    """The settings that make a site keep something across rounds; empty if none does."""
+    settings = {
+        "payload.personal": config.payload.personal,
+        "strategy.rule='lora-share-a'": config.strategy.rule == "lora-share-a",
+    }
+    return ", ".join(name for name, on in settings.items() if on)
 
 
 def model_key(config: Config, path: str) -> str:

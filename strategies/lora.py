@@ -16,7 +16,7 @@ from torch import Tensor
 
 from models.section import ConfigError
 from strategies.cohort import Cohort, CohortError, Delta
-from strategies.product import Pair, stacked, structure
+from strategies.product import Pair, side, stacked, structure
 from strategies.rules import mean
 from strategies.stage import Rule, Stage, State, pure
 
@@ -111,6 +111,22 @@ def lora_alternate() -> Rule:
     return Stage("lora-alternate", Cohort, Delta, apply, init)
 
 
+def lora_share_a() -> Rule:
+    """Weighted mean of A (and heads), while each site trains a B of its own.
+
+    FedSA-LoRA (Guo et al. 2025): what A learns is general, what B learns a site's own. In a run
+    the rule makes `lora_B` personal (`payload.personal`), so that B neither travels nor is reset at
+    the sites; where B is in the layout all the same it stays as it is. O(N D) time.
+    """
+
+    def apply(cohort: Cohort) -> Delta:
+        if not any(side(name) == "A" for name in cohort.layout.names):
+            raise _misfit("lora-share-a", "no factor A")
+        return _held(_averaged(cohort), "lora_B")
+
+    return Stage("lora-share-a", Cohort, Delta, pure(apply), proves=mean().proves)
+
+
 def frozen_factor(round_: int) -> str:
     """The factor that `lora-alternate` holds still in round `round_`, counted from 1."""
     return "lora_A" if round_ % 2 else "lora_B"
@@ -151,7 +167,7 @@ def _held(delta: Delta, factor: str) -> Delta:
     """`delta` with zeros for one factor, whether it is of a pair or not."""
     parts = delta.layout.unflatten(delta.vector_D)
     held = {
-        name: torch.zeros_like(part) if f".{factor}." in name else part
+        name: torch.zeros_like(part) if side(name) == factor[-1] else part
         for name, part in parts.items()
     }
     return replace(delta, vector_D=delta.layout.flatten(held))

@@ -81,6 +81,12 @@ def _pair(name: str, starts: dict[str, tuple[int, tuple[int, ...]]]) -> Pair | N
     return Pair(module, name, partner, a_start, b_start, a_shape[0], a_shape[1], b_shape[0])
 
 
+def side(name: str) -> str:
+    """`A` or `B` for a tensor that is a LoRA factor by its name, with or without a partner."""
+    parts = set(name.split("."))
+    return "A" if parts & set(_A) else "B" if parts & set(_B) else ""
+
+
 def stacked(
     factors: Sequence[tuple[Tensor, Tensor]], weights: Sequence[float]
 ) -> tuple[Tensor, Tensor]:

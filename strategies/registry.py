@@ -33,6 +33,7 @@ RULES: Mapping[str, Factory[Rule]] = MappingProxyType(
         "lora-svd": combine.lora_svd,
         "lora-freeze-a": lora.lora_freeze_a,
         "lora-alternate": lora.lora_alternate,
+        "lora-share-a": lora.lora_share_a,
     }
 )
 SERVER_OPTIMIZERS: Mapping[str, Factory[Post]] = MappingProxyType(

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from flower_app import run as server
 from flower_app.config import parse
+from models.section import ConfigError
 from strategies.flower import RoundError
 from tests.fakes import FakeGrid, at_the_server
 from tests.flower_app.nodes import NAMES, Nodes
@@ -147,6 +148,36 @@ def test_a_killed_run_ends_with_the_same_bytes(
     again, _ = start(nodes, "cut", run__resume=str(moved))
     found = bytes_below(again) | bytes_below(nodes.folder / "cut-state" / cut.name)
     assert found == expected
+
+
+def test_sharing_a_is_keeping_b(nodes: Nodes) -> None:
+    """FedSA-LoRA is the mean on what travels, with B personal."""
+    by_name, _ = simulate(nodes, "one", run__rounds=2)
+    keys = {"payload__personal": "", "strategy__rule": "lora-share-a", "run__rounds": 2}
+    by_rule, _ = simulate(nodes, "two", **keys)
+    assert bytes_below(by_name) == bytes_below(by_rule)
+    member = nodes.member(nodes.deployed("north"), **keys)
+    assert "since strategy.rule='lora-share-a' keeps" in member["error"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (
+            {"strategy__rule": "lora-share-a", "payload__kind": "soft-prompt"},
+            r"payload\.kind='lora' with strategy\.rule='lora-share-a', got 'soft-prompt'",
+        ),
+        (
+            {"strategy__rule": "lora-svd", "payload__personal": "q_proj.lora_B"},
+            r"whole pairs .*strategy\.rule='lora-svd', got payload\.personal='q_proj\.lora_B'",
+        ),
+        ({"payload__personal": "lora_C"}, r"Unknown payload\.personal entry 'lora_C'"),
+        ({"payload__personal": "lora_A, lora_B"}, r"leave something that travels"),
+    ],
+)
+def test_what_cannot_stay_is_refused(nodes: Nodes, keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        simulate(nodes, "runs", **keys)
 
 
 def test_a_deployed_site_hears_of_no_folder_of_the_server(nodes: Nodes) -> None:
