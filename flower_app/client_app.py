@@ -14,6 +14,7 @@ import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.logger import log
+from torch import Tensor
 
 from flower_app import baselines, compose
 from flower_app.config import Config, parse
@@ -23,9 +24,11 @@ from flower_app.recorder import score_fields
 from flower_app.siteround import SiteRound
 from flower_app.sitestate import require_state_path
 from flower_app.worker import Worker, pad_token, steps_per_round, train_round, worker_name
+from models import fold
 from models.batches import BatchError
 from models.evaluate import Score
 from models.layout import LayoutError
+from models.payload import Payload
 from models.section import ConfigError
 from models.text import EncodingError
 from models.train import TrainingError
@@ -117,6 +120,12 @@ def _plan(message: Message) -> dict[str, Scalar]:
     return {key: value for key, value in record.items() if isinstance(value, Scalar)}
 
 
+def _received(message: Message, payload: Payload) -> dict[str, Tensor]:
+    """The payload in a message; what it says of the frozen weights takes effect at once."""
+    fold.replace(payload, decode_all(arrays_of(message.content, "fold")))
+    return decode_all(arrays_of(message.content))
+
+
 @app.query()
 @answering("member")
 def on_roll_call(message: Message, config: Config, node: NodeConfig) -> RecordDict:
@@ -148,7 +157,7 @@ def on_train(message: Message, config: Config, node: NodeConfig) -> RecordDict:
     base, payload = _WORKER.model(config, node)
     site = _WORKER.site(config, node)
     plan = _plan(message)
-    received = decode_all(arrays_of(message.content))
+    received = _received(message, payload)
     round_ = int(str(plan["round"]))
     work = SiteRound(config, node, payload, site, received, plan, done=round_ - 1)
     loaded = time.perf_counter()
@@ -188,7 +197,7 @@ def on_evaluate(message: Message, config: Config, node: NodeConfig) -> RecordDic
     base, payload = _WORKER.model(config, node)
     site = _WORKER.site(config, node)
     plan = _plan(message)
-    received = decode_all(arrays_of(message.content))
+    received = _received(message, payload)
     work = SiteRound(config, node, payload, site, received, plan, done=int(str(plan["round"])))
     score = _WORKER.score(config, site, payload, pad_token(base))
     backdoor = _WORKER.backdoor(config, site, payload)
@@ -204,7 +213,7 @@ def on_baseline(message: Message, config: Config, node: NodeConfig) -> RecordDic
     """Train on one site's rows alone, or on all rows pooled; score on everyone's held-out rows."""
     base, payload = _WORKER.model(config, node)
     sites = _WORKER.all_sites(config, node)
-    payload.load(decode_all(arrays_of(message.content)))
+    payload.load(_received(message, payload))
     payload.load_personal(payload.personal_start)
     name = str(config_of(message.content, "plan")["site"])
     alone = next((site for site in sites if site.name == name), None)

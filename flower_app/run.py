@@ -24,9 +24,11 @@ from flower_app.recorder import Recorder, summarise
 from flower_app.report import results_table, write_report
 from flower_app.roster import Member, Roster
 from flower_app.runfolder import Checkpoint, CheckpointError, RunFolder, replacing
+from models import fold
 from models.payload import Payload
 from models.section import ConfigError
 from strategies.flower import ComposedStrategy
+from strategies.lora import check_layout
 from strategies.messages import Scalar, decode_all, to_record
 
 
@@ -43,6 +45,7 @@ def run(grid: Grid, config: Config) -> RunFolder:
     base = compose.load_base(config)
     payload = compose.attach(config, base)
     initial = payload.select()
+    check_layout(config.strategy.rule, payload.layout)
     facts = {"layout": payload.layout.digest, "base": base.digest}
     if compose.keeps(config):  # the name that sites know the run by, whatever its folder is called
         known = checkpoint.facts if checkpoint else {}
@@ -70,6 +73,7 @@ def run(grid: Grid, config: Config) -> RunFolder:
     card = {"sites": list(members), "trainable_parameters": trained, **facts}
     try:
         payload.load(_train(grid, config, strategy, start))
+        fold.replace(payload, strategy.fold)
         ended = time.monotonic()
         _save_adapter(config, folder, payload, base.tokenizer, card)
         if config.run.baselines:

@@ -13,10 +13,12 @@ from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from models.base import seeded
 from models.config import PayloadConfig
+from models.fold import widen
 from models.layout import Layout
 from models.personal import personal_names
 from models.section import ConfigError, unknown
@@ -46,6 +48,9 @@ class Payload:
         shapes = tuple(tuple(p.shape) for p in self.personal.values())
         self.personal_layout = Layout(tuple(self.personal), shapes)
         self.personal_start = self.select_personal()
+        # What `models.fold` adds to the frozen weights, and the hooks that compute it.
+        self.fold: Mapping[str, Tensor] = {}
+        self.branches: list[RemovableHandle] = []
 
     @property
     def device(self) -> torch.device:
@@ -74,12 +79,14 @@ class Payload:
         _write(tensors, self.personal_layout, self.personal)
 
     def save(self, folder: Path) -> None:
-        """Write the payload in PEFT format, or the whole model for `full`."""
+        """Write the payload in PEFT format, with its fold, or the whole model for `full`."""
         if self.kind == "full":
             self.module.save_pretrained(folder)
         else:
             self.module.save_pretrained(folder, save_embedding_layers=False)
             _sort_lists(folder / "adapter_config.json")
+            if self.fold:
+                widen(self, folder)
 
 
 def _copies(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from models.layout import Layout
 from models.section import ConfigError
 from strategies.cohort import Cohort, CohortError, Delta
 from strategies.product import Pair, side, stacked, structure
@@ -22,6 +23,8 @@ from strategies.stage import Rule, Stage, State, pure
 
 # A server optimiser would move what these rules set, or hold still, exactly.
 _EXACT = ("lora-exact", "lora-stack", "lora-alternate")
+_FOLDING = ("lora-exact", "lora-stack")
+_PAIRED = ("lora-mean", "lora-exact", "lora-stack", "lora-svd", "lora-alternate")
 _BLOCK = 256
 
 
@@ -32,7 +35,7 @@ def lora_mean() -> Rule:
     """
 
     def apply(cohort: Cohort) -> Delta:
-        _pairs(cohort, "lora-mean")
+        check_layout("lora-mean", cohort.layout)
         return _averaged(cohort)
 
     return Stage("lora-mean", Cohort, Delta, pure(apply), proves=mean().proves)
@@ -48,7 +51,7 @@ def lora_exact() -> Rule:
     """
 
     def apply(cohort: Cohort) -> Delta:
-        pairs, (rows, shares) = _pairs(cohort, "lora-exact", folds=True), _terms(cohort)
+        pairs, (rows, shares) = _pairs(cohort, "lora-exact"), _terms(cohort)
         mix = _residual_mix(shares)
         fold = {pair.module: _residual(pair, rows, mix) for pair in pairs}
         return replace(_averaged(cohort), fold=fold)
@@ -65,7 +68,7 @@ def lora_stack() -> Rule:
     """
 
     def apply(state: State, cohort: Cohort, generator: torch.Generator) -> tuple[Delta, State]:
-        pairs, (rows, shares) = _pairs(cohort, "lora-stack", folds=True), _terms(cohort)
+        pairs, (rows, shares) = _pairs(cohort, "lora-stack"), _terms(cohort)
         delta = _averaged(cohort)
         fold = {pair.module: _stack(pair, cohort.base_D, rows, shares) for pair in pairs}
         for pair in pairs:
@@ -86,8 +89,7 @@ def lora_freeze_a() -> Rule:
     """
 
     def apply(cohort: Cohort) -> Delta:
-        if not any(".lora_B." in name for name in cohort.layout.names):
-            raise _misfit("lora-freeze-a", "no factor B")
+        check_layout("lora-freeze-a", cohort.layout)
         return _held(_averaged(cohort), "lora_A")
 
     return Stage("lora-freeze-a", Cohort, Delta, pure(apply))
@@ -104,7 +106,7 @@ def lora_alternate() -> Rule:
         return {"rounds": torch.zeros((), dtype=torch.int64)}
 
     def apply(state: State, cohort: Cohort, generator: torch.Generator) -> tuple[Delta, State]:
-        _pairs(cohort, "lora-alternate")
+        check_layout("lora-alternate", cohort.layout)
         rounds = state["rounds"] + 1
         return _held(_averaged(cohort), frozen_factor(int(rounds))), {"rounds": rounds}
 
@@ -130,6 +132,35 @@ def lora_share_a() -> Rule:
 def frozen_factor(round_: int) -> str:
     """The factor that `lora-alternate` holds still in round `round_`, counted from 1."""
     return "lora_A" if round_ % 2 else "lora_B"
+
+
+def check_layout(rule: str, layout: Layout) -> None:
+    """Refuse a payload that a rule for LoRA cannot aggregate; raises ConfigError."""
+    names, pairs = layout.names, structure(layout).pairs
+    if rule == "lora-freeze-a" and not any(".lora_B." in name for name in names):
+        raise _misfit(rule, "no factor B")
+    if rule == "lora-freeze-a" and any(".lora_embedding_B" in name for name in names):
+        raise ConfigError(
+            "Expected no embedding among the modules with strategy.rule='lora-freeze-a', got one, "
+            "whose factor A starts, and would stay, at zero; leave it out of "
+            "payload.target-modules."
+        )
+    if rule in _PAIRED and not pairs:
+        raise _misfit(rule, "no pair of them")
+    if rule not in _FOLDING:
+        return
+    if odd := [name for name in names if "lora_magnitude_vector" in name]:
+        raise ConfigError(
+            f"Expected LoRA's plain product for strategy.rule={rule!r}, got {odd[0]!r} of DoRA, "
+            "which scales the frozen weight too; take 'use_dora' out of payload.options, or set "
+            "strategy.rule='lora-mean'."
+        )
+    paired = {name for pair in pairs for name in (pair.a, pair.b)}
+    if odd := [name for name in names if ".lora_A." in name and name not in paired]:
+        raise ConfigError(
+            f"Expected factors of linear and embedding layers for strategy.rule={rule!r}, got "
+            f"{odd[0]!r}; leave that module out of payload.target-modules."
+        )
 
 
 def check_server_optimizer(rule: str, server_optimizer: str) -> None:
@@ -173,24 +204,9 @@ def _held(delta: Delta, factor: str) -> Delta:
     return replace(delta, vector_D=delta.layout.flatten(held))
 
 
-def _pairs(cohort: Cohort, rule: str, *, folds: bool = False) -> tuple[Pair, ...]:
-    pairs = structure(cohort.layout).pairs
-    names = cohort.layout.names
-    if not pairs:
-        raise _misfit(rule, "no pair of them")
-    if folds and (odd := [name for name in names if "lora_magnitude_vector" in name]):
-        raise ConfigError(
-            f"Expected LoRA's plain product for strategy.rule={rule!r}, got {odd[0]!r} of DoRA, "
-            "which scales the frozen weight too; take 'use_dora' out of payload.options, or set "
-            "strategy.rule='lora-mean'."
-        )
-    paired = {name for pair in pairs for name in (pair.a, pair.b)}
-    if odd := [n for n in names if ".lora_A." in n and n not in paired and folds]:
-        raise ConfigError(
-            f"Expected factors of linear and embedding layers for strategy.rule={rule!r}, got "
-            f"{odd[0]!r}; leave that module out of payload.target-modules."
-        )
-    return pairs
+def _pairs(cohort: Cohort, rule: str) -> tuple[Pair, ...]:
+    check_layout(rule, cohort.layout)
+    return structure(cohort.layout).pairs
 
 
 def _misfit(rule: str, got: str) -> ConfigError:

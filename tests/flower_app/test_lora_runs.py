@@ -1,0 +1,153 @@
+"""Whole runs under the rules for LoRA: the way down, what is saved, and what resuming finds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from flower_app import generate
+from flower_app import run as server
+from flower_app.config import parse
+from models.section import ConfigError
+from tests.fakes import FakeGrid, at_the_server
+from tests.flower_app.nodes import NAMES, Nodes
+from tests.flower_app.test_personal import Killed, bytes_below, killed_in, rows
+
+
+@pytest.fixture(autouse=True)
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plots take longer than these runs."""
+    monkeypatch.setattr(server, "write_report", lambda folder: folder)
+
+
+def simulate(
+    nodes: Nodes, name: str, rule: str, kill_in: int = 0, **keys: Any
+) -> tuple[Path, FakeGrid]:
+    keys = {"strategy__rule": rule, "run__output_dir": str(nodes.folder / name)} | keys
+    keys = {"run__rounds": 3} | keys
+    grid = nodes.grid(*map(nodes.simulated, range(3)), **keys)
+    if kill_in:
+        with pytest.MonkeyPatch.context() as patch, at_the_server():
+            killed_in(grid, kill_in, patch)
+            with pytest.raises(Killed):
+                server.run(grid, parse(nodes.flat(**keys)))
+        return nodes.folder / name / "latest", grid
+    with at_the_server():
+        return server.run(grid, parse(nodes.flat(**keys))).path, grid
+
+
+def products(module: Any) -> dict[str, Tensor]:
+    """B A of every adapted module, times LoRA's scale, in float64."""
+    return {
+        name.replace(".default", ""): layer.lora_B["default"].weight.double()
+        @ layer.lora_A["default"].weight.double()
+        * layer.scaling["default"]
+        for name, layer in module.named_modules()
+        if "default" in getattr(layer, "lora_A", {})
+    }
+
+
+def saved(nodes: Nodes, folder: Path) -> Any:
+    base = AutoModelForCausalLM.from_pretrained(nodes.model)
+    return PeftModel.from_pretrained(base, folder / "adapter")
+
+
+@pytest.mark.parametrize("rule", ["lora-exact", "lora-stack"])
+def test_a_round_ends_with_the_mean_of_what_the_sites_trained(nodes: Nodes, rule: str) -> None:
+    folder, _ = simulate(nodes, "runs", rule, run__rounds=1)
+    start = nodes.start()
+    wanted: dict[str, Tensor] = {}
+    total = 0
+    for at in range(3):
+        delta, report = nodes.train(nodes.simulated(at), 1, start)
+        total += report["num-examples"]
+        for name in start:
+            if ".lora_A." in name:
+                other = name.replace(".lora_A.", ".lora_B.")
+                new = {n: start[n].double() + delta[n].double() for n in (name, other)}
+                part = report["num-examples"] * 8.0 * new[other] @ new[name]  # 16 / 2
+                module = name.partition(".lora_A.")[0]
+                wanted[module] = wanted.get(module, torch.zeros_like(part)) + part
+    found = products(saved(nodes, folder))
+    assert found.keys() == wanted.keys()
+    for module, product in found.items():
+        mean = wanted[module] / total
+        assert float((product - mean).abs().max()) <= 2e-6 * float(mean.abs().max())
+
+
+@pytest.mark.parametrize("rule", ["lora-exact", "lora-stack"])
+def test_the_saved_adapter_scores_what_the_sites_scored(nodes: Nodes, rule: str) -> None:
+    folder, grid = simulate(nodes, "runs", rule)
+    (final,) = [row for row in rows(folder, "evaluation") if row["round"] == 3]
+    model = saved(nodes, folder)
+    assert max(model.peft_config["default"].rank_pattern.values()) > 2
+    assert len(grid.questions[-1].content.array_records["fold"]) > 0
+    model.merge_and_unload().save_pretrained(nodes.folder / "merged")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (nodes.folder / "merged" / name).write_bytes((nodes.model / name).read_bytes())
+    keys = {"model__name": str(nodes.folder / "merged")}
+    start = nodes.start(**keys)  # LoRA that changes nothing
+    for at, site in enumerate(NAMES):
+        report = nodes.evaluate(nodes.simulated(at), start, **keys)
+        assert report["before-loss-sum"] == pytest.approx(final["sums"][site][0], rel=1e-5)
+
+
+@pytest.mark.parametrize("rule", ["lora-exact", "lora-stack"])
+def test_a_killed_run_ends_with_the_same_bytes(nodes: Nodes, rule: str) -> None:
+    whole, _ = simulate(nodes, "whole", rule)
+    simulate(nodes, "cut", rule, kill_in=3)
+    nodes.restart()
+    again, _ = simulate(nodes, "cut", rule, run__resume="latest")
+    assert bytes_below(again) == bytes_below(whole)
+    assert [r["product_gap"] for r in rows(again, "round")] == [
+        r["product_gap"] for r in rows(whole, "round")
+    ]
+
+
+def test_bytes_down_hold_the_fold_and_say_so(nodes: Nodes) -> None:
+    folder, grid = simulate(nodes, "runs", "lora-stack")
+    payload = 4 * sum(tensor.numel() for tensor in nodes.start().values())
+    sent: dict[str, int] = {}
+    for question in grid.questions:
+        if question.metadata.message_type == "train":
+            records = question.content.array_records
+            size = sum(len(a.data) for a in records["fold"].values()) if "fold" in records else 0
+            sent[question.metadata.group_id] = size
+    assert sent["1"] == 0 < sent["2"] < sent["3"]
+    for row in rows(folder, "site"):
+        assert row["bytes_down"] == payload + sent[str(row["round"])]
+    for row in rows(folder, "round"):
+        assert row["bytes_down_fold"] == 3 * sent[str(row["round"])]
+        assert 0 < row["product_gap"] < 2
+
+
+def test_baselines_start_without_a_fold(nodes: Nodes) -> None:
+    plain = nodes.ask("train.baseline", nodes.simulated(0), nodes.start(), {"site": "north"})
+    simulate(nodes, "runs", "lora-exact")  # leaves a fold in this process
+    after = nodes.ask("train.baseline", nodes.simulated(0), nodes.start(), {"site": "north"})
+    assert dict(plain.config_records["report"]) == dict(after.config_records["report"])
+
+
+def test_text_is_generated_with_what_was_folded(
+    nodes: Nodes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _ = simulate(nodes, "runs", "lora-exact", train__learning_rate=0.05)
+    said = []
+    for extra in ([], ["--base"]):
+        arguments = ["--run", str(folder), "--prompt", "the cat", "--max-new-tokens", "12"]
+        assert generate.main([*arguments, "--temperature", "0", *extra]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] != said[1]
+
+
+def test_a_payload_that_the_rule_cannot_aggregate_ends_the_run_before_it_begins(
+    nodes: Nodes,
+) -> None:
+    with pytest.raises(ConfigError, match=r"factors A and B .*'lora-exact', got no pair"):
+        simulate(nodes, "runs", "lora-exact", payload__personal="lora_B")
