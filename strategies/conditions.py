@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Annotated, TypeAlias
+
+from pydantic import Field
+
 from strategies.cohort import CohortError
+
+NumByzantine: TypeAlias = Annotated[int, Field(ge=0)]
 
 
 def require(n: int, f: int, times: int, plus: int) -> int:

@@ -17,7 +17,10 @@ class StrategyConfig(Section):
         "", description="Comma-separated pre-aggregation stages, in order; empty for none."
     )
     clip_norm: float = Field(
-        1.0, gt=0, description="L2 norm to which the pre-aggregation stage `clip` scales updates."
+        1.0, gt=0, description="L2 norm to which `clip` and `norm-bounding` scale updates."
+    )
+    num_byzantine: int = Field(
+        1, ge=0, description="Sites that may lie, f, which robust rules are told."
     )
     server_optimizer: str = Field(
         "none",

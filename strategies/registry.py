@@ -15,7 +15,7 @@ from typing import TypeAlias, TypeVar
 from pydantic import ConfigDict, ValidationError, validate_call
 
 from models.section import ConfigError, unknown
-from strategies import combine, lora, rules, server_optimizers
+from strategies import combine, coordinates, lora, rules, server_optimizers
 from strategies.config import StrategyConfig
 from strategies.stage import Post, Pre, Rule, chain
 
@@ -27,6 +27,9 @@ PRE: Mapping[str, Factory[Pre]] = MappingProxyType({"clip": rules.clip})
 RULES: Mapping[str, Factory[Rule]] = MappingProxyType(
     {
         "mean": rules.mean,
+        "norm-bounding": rules.norm_bounding,
+        "median": coordinates.median,
+        "trimmed-mean": coordinates.trimmed_mean,
         "lora-mean": lora.lora_mean,
         "lora-exact": lora.lora_exact,
         "lora-stack": lora.lora_stack,

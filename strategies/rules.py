@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Annotated
+from typing import Annotated, TypeAlias
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
-from strategies.cohort import Cohort, Delta, LazyRows, norm
+from strategies.cohort import Cohort, Delta, norm
 from strategies.mixing import weighted_sum
-from strategies.stage import Facts, Pre, Rule, Stage, pure
+from strategies.stage import Facts, Pre, Rule, Stage, chain, pure
+
+ClipNorm: TypeAlias = Annotated[float, Field(gt=0)]
 
 # Room for the roundings of the factor and of the product, half a unit in the last place each.
 _ROUNDING = 1.0 - 2.0**-22
@@ -39,7 +42,16 @@ def _mean_proves(facts: Facts) -> Facts:
     return Facts(sensitivity=2.0 * facts.clip * facts.max_weight)
 
 
-def clip(*, clip_norm: Annotated[float, Field(gt=0)]) -> Pre:
+def norm_bounding(*, clip_norm: ClipNorm) -> Rule:
+    """Weighted mean of the deltas, each scaled to an L2 norm of at most `clip_norm`.
+
+    Sun et al. 2019, "Can you really backdoor federated learning?", section 4: norm thresholding.
+    Breakdown point 0, but a site of weight w moves the mean by at most w * clip_norm. O(N D) time.
+    """
+    return replace(chain(clip(clip_norm=clip_norm), mean()), name="norm-bounding")
+
+
+def clip(*, clip_norm: ClipNorm) -> Pre:
     """Scale every delta to an L2 norm of at most `clip_norm` (McMahan et al. 2018, section 2.2).
 
     Deltas within the bound keep their bits. O(N D) time, one delta of memory.
@@ -47,13 +59,8 @@ def clip(*, clip_norm: Annotated[float, Field(gt=0)]) -> Pre:
 
     def apply(cohort: Cohort) -> Cohort:
         factors = [_factor(row, clip_norm) for row in cohort.rows]
-        rows = cohort.rows
-
-        def scaled(index: int) -> Tensor:
-            return rows[index] if factors[index] == 1.0 else rows[index] * factors[index]
-
-        bound = _tighter(cohort.clip, clip_norm)
-        return replace(cohort, rows=LazyRows(len(rows), scaled), clip=bound)
+        scaled = cohort.mixed(torch.diag(torch.tensor(factors, dtype=torch.float64)))
+        return replace(scaled, clip=_tighter(cohort.clip, clip_norm))
 
     def proves(facts: Facts) -> Facts:
         return replace(facts, clip=_tighter(facts.clip, clip_norm))
