@@ -68,10 +68,9 @@ def trimmed_mean(*, num_byzantine: NumByzantine = 1) -> Rule:
 
 
 def mean_of(rows_NC: Array) -> Array:
-    """Mean over the first axis, (C,), added up in float64: never outside the range of the values."""
-    mean_C: Array = (np.add.reduce(rows_NC, axis=0, dtype=np.float64) / len(rows_NC)).astype(
-        np.float32
-    )
+    """Mean over the first axis, (C,), added up in float64: it stays within the values' range."""
+    total_C = np.add.reduce(rows_NC, axis=0, dtype=np.float64)
+    mean_C: Array = (total_C / len(rows_NC)).astype(np.float32)
     return mean_C
 
 

@@ -80,8 +80,8 @@ def test_option_of_a_stage_that_takes_none() -> None:
 def test_names_are_kebab_case_and_stages_bear_them() -> None:
     for name in [*PRE, *RULES, *SERVER_OPTIMIZERS]:
         assert re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", name)
-    for name, rule in RULES.items():
-        assert rule().name == name
+    for name in RULES:
+        assert build(StrategyConfig(rule=name)).name == f"{name}+none"
     for name, optimizer in SERVER_OPTIMIZERS.items():
         assert optimizer().name == name
 
@@ -97,3 +97,5 @@ def test_options_are_keyword_only_annotated_and_configurable() -> None:
     for pre in PRE:
         for optimizer in SERVER_OPTIMIZERS:
             assert options_of("mean", [pre], optimizer) <= fields
+    for rule in RULES:
+        assert options_of(rule) <= fields
