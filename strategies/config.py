@@ -22,6 +22,20 @@ class StrategyConfig(Section):
     num_byzantine: int = Field(
         1, ge=0, description="Sites that may lie, f, which robust rules are told."
     )
+    num_selected: int = Field(
+        0, ge=0, description="Updates that `multi-krum` keeps; 0 keeps all but `num-byzantine`."
+    )
+    bucket_size: int = Field(2, ge=1, description="Updates to a bucket of `bucketing`.")
+    iterations: int = Field(100, ge=1, description="Weiszfeld steps of `geometric-median`.")
+    smoothing: float = Field(
+        1e-6, gt=0, description="Distance below which `geometric-median` does not tell apart."
+    )
+    clip_radius: float = Field(
+        1.0, gt=0, description="L2 distance from the centre to which `centered-clipping` clips."
+    )
+    clip_iterations: int = Field(
+        3, ge=1, description="Steps of `centered-clipping` towards its centre in a round."
+    )
     server_optimizer: str = Field(
         "none",
         min_length=1,

@@ -15,7 +15,17 @@ from typing import TypeAlias, TypeVar
 from pydantic import ConfigDict, ValidationError, validate_call
 
 from models.section import ConfigError, unknown
-from strategies import combine, coordinates, lora, rules, server_optimizers
+from strategies import (
+    combine,
+    coordinates,
+    lora,
+    preaggregation,
+    rules,
+    server_optimizers,
+    trust,
+    weighers,
+)
+from strategies.centered_clipping import centered_clipping
 from strategies.config import StrategyConfig
 from strategies.stage import Post, Pre, Rule, chain
 
@@ -23,7 +33,24 @@ S = TypeVar("S")
 # Options differ from factory to factory; `_make` checks them against each one's signature.
 Factory: TypeAlias = Callable[..., S]
 
-PRE: Mapping[str, Factory[Pre]] = MappingProxyType({"clip": rules.clip})
+# Stages that choose or weigh updates: rules, or before a rule of another kind.
+WEIGHERS: Mapping[str, Factory[Pre]] = MappingProxyType(
+    {
+        "krum": weighers.krum,
+        "multi-krum": weighers.multi_krum,
+        "geometric-median": weighers.geometric_median,
+        "fltrust": trust.fltrust,
+        "foolsgold": trust.foolsgold,
+    }
+)
+PRE: Mapping[str, Factory[Pre]] = MappingProxyType(
+    {
+        "clip": rules.clip,
+        "nnm": preaggregation.nnm,
+        "bucketing": preaggregation.bucketing,
+        **WEIGHERS,
+    }
+)
 RULES: Mapping[str, Factory[Rule]] = MappingProxyType(
     {
         "mean": rules.mean,
@@ -37,6 +64,8 @@ RULES: Mapping[str, Factory[Rule]] = MappingProxyType(
         "lora-freeze-a": lora.lora_freeze_a,
         "lora-alternate": lora.lora_alternate,
         "lora-share-a": lora.lora_share_a,
+        **{name: weighers.closing(factory) for name, factory in WEIGHERS.items()},
+        "centered-clipping": centered_clipping,
     }
 )
 SERVER_OPTIMIZERS: Mapping[str, Factory[Post]] = MappingProxyType(

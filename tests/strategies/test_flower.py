@@ -268,6 +268,19 @@ def test_a_malformed_reply_is_set_aside_and_the_rest_keep_their_bits(
         assert [(s.status, s.reason) for s in honest_ones] == [("ok", "")] * 3
 
 
+PLAIN_RULES = sorted(name for name in registry.RULES if not name.startswith(("lora-", "fltrust")))
+
+
+@pytest.mark.parametrize("fault", ["NaN", "absurd norm", "huge examples"])
+@pytest.mark.parametrize("rule", PLAIN_RULES)
+def test_every_rule_sees_the_honest_ones_alone(rule: str, fault: str, bench: Bench) -> None:
+    options = {"rule": rule, "num_byzantine": 0, "pre": "nnm"}
+    alone, _ = bench.run(federation("ann", "bob", "zoe"), **options)  # type: ignore[arg-type]
+    grid = federation("ann", "bob", "zoe", eve=spoiling("eve", MALFORMED[fault][0]))
+    got, log = bench.run(grid, **options)  # type: ignore[arg-type]
+    assert got == alone and log.of("eve").status == "quarantined"
+
+
 def test_an_honest_fourth_site_does_change_the_result(bench: Bench) -> None:
     # Without this the test above could not fail.
     assert bench.run(federation())[0] != bench.run(federation("ann", "bob", "zoe"))[0]
@@ -558,3 +571,17 @@ def test_size_of_a_message_counts_everything_in_it() -> None:
     question = Message(RecordDict(), 1, "query")
     (reply,) = messages.collect(grid, [question], 1.0)
     assert 8 + 10 + 5 <= messages._nbytes(reply.content) <= 8 + 10 + 5 + 20
+
+
+@pytest.mark.parametrize("rule", ["centered-clipping", "foolsgold"])
+def test_a_restored_run_knows_the_rounds_before(bench: Bench, rule: str) -> None:
+    whole, log = bench.run(federation(), rounds=3, rule=rule)
+    kept, resumed = log.rounds[0], Log()
+    strategy = bench.strategy(resumed, rule=rule)
+    strategy.restore(1, {name: tensor.clone() for name, tensor in kept.state.items()})
+    result = strategy.start(federation(), to_record(kept.payload), num_rounds=3, timeout=20)
+    assert to_bytes(decode_all(result.arrays)) == whole
+    forgetful = bench.strategy(Log(), rule=rule)
+    forgetful.restore(1, registry.build(StrategyConfig(rule=rule)).init(LAYOUT.size))
+    other = forgetful.start(federation(), to_record(kept.payload), num_rounds=3, timeout=20)
+    assert to_bytes(decode_all(other.arrays)) != whole

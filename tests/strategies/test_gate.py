@@ -21,7 +21,9 @@ from strategies.gate import MAX_EXAMPLES, Gate, Refusal, RefusalKind, Reply
 from strategies.registry import RULES, build
 
 LAYOUT = Layout(("a", "b", "c"), ((2, 3), (4,), ()))
-ASKED = ("ann", "bob", "eve")
+# As many numbers, as LoRA factors and a head: for rules that ask for factors.
+FACTORS = Layout(("m.lora_A.weight", "m.lora_B.weight", "head"), ((2, 2), (2, 2), (3,)))
+ASKED = ("ann", "bob", "dan", "eve")
 Spoil = Callable[[Reply], Reply]
 
 
@@ -123,7 +125,9 @@ def aggregate(replies: list[Reply], config: StrategyConfig) -> tuple[Tensor, lis
             refused.append(refusal.kind)
     deltas = {site: update.delta_D for site, update in admitted.items()}
     weights = {site: float(update.num_examples) for site, update in admitted.items()}
-    cohort = Cohort.of(LAYOUT, torch.zeros(LAYOUT.size), deltas, weights)
+    layout = FACTORS if config.rule.startswith("lora-") else LAYOUT
+    cohort = Cohort.of(layout, torch.zeros(layout.size), deltas, weights)
+    cohort = replace(cohort, trusted_D=torch.linspace(-1, 1, layout.size))
     chain = build(config)
     delta, _ = chain.apply(chain.init(LAYOUT.size), cohort, torch.Generator().manual_seed(0))
     return delta.vector_D, refused
@@ -154,10 +158,10 @@ def test_a_malformed_reply_is_refused_by_its_kind(
 def test_the_result_is_that_of_the_honest_ones_to_the_bit(
     name: str, kind: RefusalKind, spoil: Spoil, rule: str
 ) -> None:
-    good = [honest("ann", 1), honest("bob", 2)]
-    config = StrategyConfig(rule=rule, pre="clip")
+    good = [honest("ann", 1), honest("bob", 2), honest("dan", 3)]
+    config = StrategyConfig(rule=rule, pre="clip", num_byzantine=0)
     alone, none_refused = aggregate(good, config)
-    for place in range(3):
+    for place in range(4):
         replies = [*good[:place], spoil(honest("eve", 3)), *good[place:]]
         together, refused = aggregate(replies, config)
         assert refused == [kind] and none_refused == []
@@ -183,7 +187,7 @@ def test_a_site_whose_reply_was_refused_may_send_a_good_one() -> None:
         door.admit(replace(honest("ann"), num_examples=0))
     assert "ann" in door.outstanding
     door.admit(honest("ann"))
-    assert door.outstanding == ("bob", "eve")
+    assert door.outstanding == ("bob", "dan", "eve")
 
 
 def test_examples_are_capped_not_trusted() -> None:

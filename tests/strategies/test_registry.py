@@ -40,7 +40,7 @@ def test_every_stage_before_the_rule_builds_from_the_defaults(name: str) -> None
     [
         (StrategyConfig(rule="meen"), "Unknown strategy.rule 'meen'. Did you mean 'mean'"),
         (StrategyConfig(rule="Mean"), "Unknown strategy.rule 'Mean'"),
-        (StrategyConfig(pre="clip,klip"), "Unknown strategy.pre 'klip'.*Choices: clip"),
+        (StrategyConfig(pre="clip,klip"), "Unknown strategy.pre 'klip'.*Choices: .*clip"),
         (StrategyConfig(pre="clip,clip"), "got 'clip' twice"),
         (
             StrategyConfig(server_optimizer="sgd"),
