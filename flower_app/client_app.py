@@ -163,6 +163,9 @@ def on_train(message: Message, config: Config, node: NodeConfig) -> RecordDict:
     loaded = time.perf_counter()
     before = _WORKER.score(config, site, payload, pad_token(base))
     backdoor = _WORKER.backdoor(config, site, payload)
+    personal = work.personal_score(
+        before, lambda: _WORKER.score(config, site, payload, pad_token(base))
+    )
     scored = time.perf_counter()
     outcome = work.train()
     trained = time.perf_counter()
@@ -187,6 +190,7 @@ def on_train(message: Message, config: Config, node: NodeConfig) -> RecordDict:
     }
     report |= score_fields("before", before) | score_fields("after", after)
     report |= score_fields("backdoor", backdoor) if backdoor.rows else {}
+    report |= score_fields("personal", personal) if personal else {}
     return RecordDict({"arrays": to_record(delta), "report": ConfigRecord({**report})})
 
 
@@ -201,9 +205,13 @@ def on_evaluate(message: Message, config: Config, node: NodeConfig) -> RecordDic
     work = SiteRound(config, node, payload, site, received, plan, done=int(str(plan["round"])))
     score = _WORKER.score(config, site, payload, pad_token(base))
     backdoor = _WORKER.backdoor(config, site, payload)
+    personal = work.personal_score(
+        score, lambda: _WORKER.score(config, site, payload, pad_token(base))
+    )
     work.keep_adapter()
     fields = score_fields("before", score)
     fields |= score_fields("backdoor", backdoor) if backdoor.rows else {}
+    fields |= score_fields("personal", personal) if personal else {}
     return RecordDict({"report": ConfigRecord({**fields})})
 
 

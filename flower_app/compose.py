@@ -36,6 +36,7 @@ def check_names(config: Config) -> None:
     registry.build(config.strategy)
     poison.check(attack(config).poison, config.data)
     _check_factors(config)
+    _check_ditto(config)
 
 
 def _check_factors(config: Config) -> None:
@@ -52,6 +53,23 @@ def _check_factors(config: Config) -> None:
             f"Expected whole pairs of factors to travel with strategy.rule={rule!r}, got "
             f"payload.personal={config.payload.personal!r}; leave lora_A and lora_B out of it, or "
             "set strategy.rule='mean'."
+        )
+
+
+def _check_ditto(config: Config) -> None:
+    """Refuse what leaves Ditto's personal model without a shared one to stay close to."""
+    if not config.train.ditto_lambda:
+        return
+    if personal(config):
+        raise ConfigError(
+            f"Expected the whole payload to travel with train.ditto-lambda, got {personal(config)} "
+            "personal; set payload.personal='' and another rule, or train.ditto-lambda=0."
+        )
+    if config.strategy.rule in ("lora-exact", "lora-stack"):
+        raise ConfigError(
+            f"Expected frozen weights that stay with train.ditto-lambda, got strategy.rule="
+            f"{config.strategy.rule!r}, which changes them under the personal models; set "
+            "strategy.rule='lora-svd', or train.ditto-lambda=0."
         )
 
 
@@ -108,6 +126,7 @@ def keeps(config: Config) -> str:
     settings = {
         "payload.personal": config.payload.personal,
         "strategy.rule='lora-share-a'": config.strategy.rule == "lora-share-a",
+        "train.ditto-lambda": config.train.ditto_lambda > 0,
     }
     return ", ".join(name for name, on in settings.items() if on)
 

@@ -114,14 +114,11 @@ class Recorder:
         if not total.counted:
             return
         self._evaluated.add(round_)
-        row = {
-            "kind": "evaluation",
-            "round": round_,
-            **self.score(total),
-            "eval_tokens": total.counted,
-            "per_site": {site: self.score(score) for site, score in scores.items()},
-            "sums": {site: list(astuple(score)) for site, score in scores.items()},
-        }
+        row = {"kind": "evaluation", "round": round_, "eval_tokens": total.counted}
+        row |= self._scores(scores)
+        personal = {site.site: read_score("personal", site.report) for site in sites}
+        if own := {site: score for site, score in personal.items() if score.counted}:
+            row["personal"] = self._scores(own)
         backdoor = sum((read_score("backdoor", site.report) for site in sites), Score())
         if backdoor.rows:
             row["backdoor_success"] = backdoor.correct / backdoor.rows
@@ -132,6 +129,14 @@ class Recorder:
             self._events.add_scalar("held-out/loss", total.loss, round_)
             self._events.add_scalar(f"held-out/{self._metric}", row[self._metric], round_)
             self._events.flush()
+
+    def _scores(self, scores: Mapping[str, Score]) -> dict[str, Any]:
+        """Figures on all held-out rows and on each site's, and the sums that they are made of."""
+        return {
+            **self.score(sum(scores.values(), Score())),
+            "per_site": {site: self.score(score) for site, score in scores.items()},
+            "sums": {site: list(astuple(score)) for site, score in scores.items()},
+        }
 
     def score(self, score: Score) -> dict[str, float | None]:
         """Loss and the task's metric of a score, None where there were no rows."""
@@ -217,7 +222,7 @@ def summarise(
     def score(row: Mapping[str, Any] | None) -> dict[str, Any] | None:
         if row is None:
             return None
-        scores = [Score(*row["sums"][site]) for site in common]
+        scores = [Score(*row["sums"][site]) for site in common if site in row["sums"]]
         own = _average([_score(score, name) for score in scores], ("loss", name))
         return _score(sum(scores, Score()), name) | {f"own_{k}": v for k, v in own.items()}
 
@@ -234,6 +239,7 @@ def summarise(
         "zero_shot": score(first),
         "local": _average(local, ("loss", name, "own_loss", f"own_{name}")) if local else None,
         "federated": score(last),
+        "personal": score(last.get("personal")) if last else None,
         "central": {key: central[-1][key] for key in ("loss", name)} if central else None,
         "bytes_down_per_round": _per_round(rounds, "bytes_down"),
         "bytes_up_per_round": _per_round(rounds, "bytes_up"),

@@ -70,7 +70,12 @@ def run(grid: Grid, config: Config) -> RunFolder:
     startup_s = time.monotonic() - started
     start = checkpoint.payload if checkpoint else initial
     trained = payload.layout.size + payload.personal_layout.size
-    card = {"sites": list(members), "trainable_parameters": trained, **facts}
+    card = {
+        "sites": list(members),
+        "trainable_parameters": trained,
+        "personal_parameters": payload.personal_layout.size,
+        **facts,
+    }
     try:
         payload.load(_train(grid, config, strategy, start))
         fold.replace(payload, strategy.fold)
@@ -215,7 +220,7 @@ def _room(path: Path) -> Iterator[None]:
 def _finish(
     config: Config, folder: RunFolder, facts: Mapping[str, Any], seconds: Mapping[str, float]
 ) -> None:
-    keep = ("trainable_parameters", "wall_s", "mode")
+    keep = ("trainable_parameters", "personal_parameters", "wall_s", "mode")
     summary = summarise(config, folder.rows(), {key: facts[key] for key in keep})
     summary["seconds"] |= seconds
     with _room(folder.path), replacing(folder.path / "summary.json") as temporary:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
@@ -11,9 +11,10 @@ from flower_app.config import Config
 from flower_app.node import NodeConfig
 from flower_app.sitestate import Groups, site_state
 from flower_app.worker import Site, steps_per_round, train_round
+from models.evaluate import Score
 from models.layout import LayoutError
 from models.payload import Payload
-from models.train import Trained
+from models.train import Correction, Trained
 from strategies.messages import Scalar
 
 
@@ -46,6 +47,7 @@ class SiteRound:
         self._done = done
         self._state = site_state(node, plan, site.name) if compose.keeps(config) else None
         self._kept: Groups = self._state.after(done) if self._state else {}
+        self._keeps: Groups = {}
         self._load()
 
     def _load(self) -> None:
@@ -55,20 +57,50 @@ class SiteRound:
 
     def train(self) -> Trained:
         """Train on the site's rows for the round that follows."""
-        batches = self._site.batches
-        steps = steps_per_round(self._config, [batches])
-        return train_round(
-            self._config, self._payload, batches, self._site.name, self._done + 1, steps
-        )
+        steps = steps_per_round(self._config, [self._site.batches])
+        trained = self._train(steps, self._site.name)
+        if self._config.train.ditto_lambda:
+            self._train_personal(steps)
+        return trained
+
+    def _train(self, steps: int, name: str, correction: Correction | None = None) -> Trained:
+        round_, batches = self._done + 1, self._site.batches
+        return train_round(self._config, self._payload, batches, name, round_, steps, correction)
+
+    def _train_personal(self, steps: int) -> None:
+        """Ditto, the personal half of Algorithm 1 (Li et al. 2021), on the round's own batches."""
+        shared = self._payload.select()
+        self._payload.load(self._kept.get("ditto", self._received))
+        pull = Correction(self._config.train.ditto_lambda, self._received)
+        self._train(steps, f"{self._site.name} (personal)", pull)
+        self._keeps["ditto"] = self._payload.select()
+        self._payload.load(shared)
+
+    def personal_score(self, shared: Score, measure: Callable[[], Score]) -> Score | None:
+        """Score of Ditto's personal model as it was after `done` rounds, None without Ditto.
+
+        `shared` is the score of the payload that was received, where the personal model begins.
+        """
+        if not self._config.train.ditto_lambda:
+            return None
+        if "ditto" not in self._kept:
+            return shared
+        self._payload.load(self._kept["ditto"])
+        score = measure()
+        self._load()
+        return score
 
     def finish(self) -> dict[str, Tensor]:
         """Keep what stays at the site, and return the change of what travels."""
         delta = {name: new - self._received[name] for name, new in self._payload.select().items()}
+        if self._payload.personal:
+            self._keeps["personal"] = self._payload.select_personal()
         if self._state:
-            self._state.save(self._done + 1, {"personal": self._payload.select_personal()})
+            self._state.save(self._done + 1, self._keeps)
         return delta
 
     def keep_adapter(self) -> None:
         """Write the site's own model, as a PEFT adapter, beside its state."""
         if self._state:
+            self._payload.load(self._kept.get("ditto", self._received))
             self._state.save_adapter(self._payload)

@@ -26,7 +26,7 @@ from models.payload import Payload
 from models.section import ConfigError
 from models.seeds import derive
 from models.text import Encoded, Labelled, Ranked, Record, encode
-from models.train import Trained, train
+from models.train import Correction, Trained, train
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,13 @@ def _require_classes(rows: Sequence[Record], classes: int) -> None:
 
 
 def train_round(
-    config: Config, payload: Payload, batches: Batches, name: str, round_: int, steps: int
+    config: Config,
+    payload: Payload,
+    batches: Batches,
+    name: str,
+    round_: int,
+    steps: int,
+    correction: Correction | None = None,
 ) -> Trained:
     """Train the loaded payload for round `round_`; batches go on where the round before stopped."""
     forwards = steps * config.train.grad_accumulation
@@ -232,6 +238,7 @@ def train_round(
         learning_rate=config.train.learning_rate_at(round_, config.run.rounds),
         seed=derive(config.run.seed, "train", name, round_),
         progress=partial(_show, name, round_),
+        correction=correction,
     )
 
 

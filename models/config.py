@@ -126,6 +126,12 @@ class TrainConfig(Section):
     prox_mu: float = Field(
         0.0, ge=0, description="FedProx: weight of (mu / 2) * ||w - w_global||^2."
     )
+    ditto_lambda: float = Field(
+        0.0,
+        ge=0,
+        description="Ditto: above 0 each site also trains a personal model, for as many steps, "
+        "that (lambda / 2) * ||v - w_global||^2 ties to the shared one (Li et al. 2021).",
+    )
     score_after: bool = Field(
         True, description="Also score the site's own update on its held-out rows, after training."
     )

@@ -44,7 +44,11 @@ def curves(run: Run, key: str) -> Figure | None:
         markersize=6,
         zorder=4,
     )
+    own = _series(run.personal, key)
+    axes.plot(*_columns(own), color=MARKER["personal"], linewidth=2, zorder=4)
     ends = [("federated", mean[-1][1])] if mean[-1][0] > 0 else []
+    if own and own[-1][0] > 0:
+        ends.append(("personal", own[-1][1]))
     if mean[-1][0] < (number(run.summary, "rounds") or 0):  # unfinished: the curve ends midway
         ends = []
         _label(axes, "federated", mean[-1][1], (mean[-1][0], mean[-1][1]), "data")
@@ -62,7 +66,7 @@ def curves(run: Run, key: str) -> Figure | None:
 
 
 def sites(run: Run, key: str) -> Figure | None:
-    """`key` of each site on its own held-out rows: before, alone, federated, pooled if known."""
+    """`key` of each site on its own held-out rows, for each kind of model that is known."""
     names = drawn_sites(run, key)
     if not names:
         return None
@@ -74,7 +78,7 @@ def sites(run: Run, key: str) -> Figure | None:
         axes.plot(
             [min(known), max(known)], [place] * 2, color=MARKER["grid"], linewidth=4, zorder=2
         )
-    shapes = {"before": "o", "alone": "D", "pooled": "s", "federated": "o"}
+    shapes = {"before": "o", "alone": "D", "pooled": "s", "personal": "^", "federated": "o"}
     for kind, values in kinds.items():
         here = [(place, values[site]) for place, site in enumerate(names) if site in values]
         axes.plot(
@@ -98,13 +102,15 @@ def sites(run: Run, key: str) -> Figure | None:
 
 
 def site_values(run: Run, key: str) -> dict[str, dict[str, float]]:
-    """`before`, `alone`, `pooled`, `federated` → site → `key` on that site's own held-out rows."""
+    """Kind (`before`, `alone`, …) → site → `key` on that site's own held-out rows."""
     first = run.evaluations[0] if run.evaluations and run.evaluations[0]["round"] == 0 else None
     last = run.evaluations[-1] if run.evaluations and run.evaluations[-1]["round"] > 0 else None
+    own = run.personal[-1] if last and run.personal else None
     tables: dict[str, Callable[[str], float | None]] = {
         "before": lambda site: number(run.per_site(first).get(site), key),
         "alone": lambda site: number(run.local.get(site), f"own_{key}"),
         "pooled": lambda site: number(run.per_site(run.central).get(site), key),
+        "personal": lambda site: number(run.per_site(own).get(site), key),
         "federated": lambda site: number(run.per_site(last).get(site), key),
     }
     found = {

@@ -145,6 +145,7 @@ def _curve(run: Run, key: str) -> str:
     text = f"{title}, round by round; the last value of the federated model is {last}."
     known = {"local": ("alone", "alone", "dashed"), "central": ("pooled", "pooled", "dotted")}
     keys = [("federated", "federated", "line thick"), ("sites", "federated, each site", "line")]
+    keys += [("personal", "personal, each on its own rows", "line")] * bool(run.personal)
     keys += [entry for k, entry in known.items() if number(run.summary.get(k), key) is not None]
     return _figure(f"curve-{key}", title, "", _keys(keys), inline(figure, "c-" + key, title, text))
 
@@ -157,7 +158,13 @@ def _sites(run: Run, key: str) -> str:
     title = f"{clean(key).capitalize()} at each site"
     better = "right" if key == "accuracy" else "left"
     note = f"On the site's own rows; further {better} is better. {words.sites_note(run, drawn)}"
-    marks = {"before": "round hollow", "alone": "diamond", "pooled": "", "federated": "round"}
+    marks = {
+        "before": "round hollow",
+        "alone": "diamond",
+        "pooled": "",
+        "federated": "round",
+        "personal": "triangle",
+    }
     labels = {"before": "before training"}
     keys = _keys([(k, labels.get(k, k), marks[k]) for k in site_values(run, key)])
     text = f"{title}; the numbers are in the table of sites below."

@@ -43,6 +43,15 @@ class Run:
         """Names of all sites seen, sorted."""
         return tuple(sorted(str(name) for name in self.summary["sites"]))
 
+    @property
+    def personal(self) -> tuple[Row, ...]:
+        """Evaluations of the sites' personal models, in order of rounds."""
+        return tuple(
+            {**found, "round": row["round"]}
+            for row in self.evaluations
+            if isinstance(found := row.get("personal"), Mapping)
+        )
+
     def per_site(self, evaluation: Row | None) -> Mapping[str, Row]:
         """The figures of each site in one evaluation; entries that are no figures are left out."""
         found = (evaluation or {}).get("per_site")
@@ -195,6 +204,7 @@ def _so_far(
         "zero_shot": _with_own(first, metric),
         "local": {key: _mean(local.values(), key) for key in keys} if local else None,
         "federated": _with_own(last, metric),
+        "personal": _with_own((last or {}).get("personal"), metric),
         "central": central,
         "bytes_down_per_round": _mean(rounds, "bytes_down"),
         "bytes_up_per_round": _mean(rounds, "bytes_up"),
@@ -205,7 +215,7 @@ def _so_far(
 
 def _with_own(evaluation: Row | None, metric: str) -> Row | None:
     """An evaluation with the means over the sites of its values on each site's own rows."""
-    if evaluation is None:
+    if not isinstance(evaluation, Mapping):
         return None
     per_site = evaluation.get("per_site")
     entries = per_site.values() if isinstance(per_site, Mapping) else ()

@@ -13,6 +13,7 @@ LIGHT = {
     "pooled": "#6d4fa0",
     "before": "#6b7478",
     "sites": "#9fb5b0",
+    "personal": "#b02a5b",
     "tint": "#e8f1ed",
 }
 DARK = {
@@ -26,6 +27,7 @@ DARK = {
     "pooled": "#bda4ea",
     "before": "#99a4a8",
     "sites": "#55706b",
+    "personal": "#f08fb3",
     "tint": "#20332f",
 }
 
@@ -106,6 +108,7 @@ figure svg * { stroke-linejoin: round; }
 .keys .dotted { border-top-style: dotted; }
 .keys .round { border-radius: 50%; }
 .keys .hollow { background: none; border: 2px solid var(--c); }
+.keys .triangle { clip-path: polygon(50% 0, 100% 100%, 0 100%); }
 .keys .diamond { transform: rotate(45deg) scale(0.82); border-radius: 1px; }
 details { margin-top: 14px; }
 details .card { border: 0; }

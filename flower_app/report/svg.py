@@ -18,7 +18,18 @@ if TYPE_CHECKING:
 
 # Every colour is drawn as a marker and replaced by the page's CSS variable of that name, so that
 # one drawing serves the light and the dark scheme.
-PALETTE = ("ink", "soft", "grid", "paper", "federated", "alone", "pooled", "before", "sites")
+PALETTE = (
+    "ink",
+    "soft",
+    "grid",
+    "paper",
+    "federated",
+    "alone",
+    "pooled",
+    "before",
+    "sites",
+    "personal",
+)
 MARKER = {name: f"#{place:02x}fe{place:02x}" for place, name in enumerate(PALETTE, start=1)}
 
 STYLE: dict[RcKeyType, Any] = {

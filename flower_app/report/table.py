@@ -11,6 +11,7 @@ ROWS = (
     ("zero_shot", "Before training"),
     ("local", "Each site alone"),
     ("federated", "Federated"),
+    ("personal", "Personal, at each site"),
     ("central", "All data pooled"),
 )
 

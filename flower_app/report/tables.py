@@ -18,7 +18,13 @@ from flower_app.report.numbers import (
 from flower_app.report.records import Run
 from flower_app.report.table import result_rows
 
-COLOURS = {"zero_shot": "before", "local": "alone", "federated": "federated", "central": "pooled"}
+COLOURS = {
+    "zero_shot": "before",
+    "local": "alone",
+    "federated": "federated",
+    "personal": "personal",
+    "central": "pooled",
+}
 
 
 def results(run: Run) -> str:
@@ -59,9 +65,10 @@ def left_out(rows: Sequence[tuple[int, str, str, str]]) -> str:
 
 
 def sites(run: Run) -> str:
-    """Training rows, replies that counted, and loss before, alone and federated of each site."""
+    """Training rows, replies that counted, and loss before, alone, federated, personal of each."""
     first = run.per_site(run.evaluations[0] if run.evaluations else None)
     last = run.per_site(run.evaluations[-1] if run.evaluations else None)
+    personal = run.per_site(run.personal[-1] if run.personal else None)
     body = []
     for site in run.sites:
         replies = [row for row in run.replies if str(row["site"]) == site]
@@ -74,9 +81,11 @@ def sites(run: Run) -> str:
                 score(number(first.get(site), "loss")),
                 score(number(run.local.get(site), "own_loss")),
                 score(number(last.get(site), "loss")),
+                *[score(number(personal.get(site), "loss"))] * bool(personal),
             ]
         )
-    heads = ("site", "training rows", "replies", "loss at start", "alone", "federated")
+    heads = ["site", "training rows", "replies", "loss at start", "alone", "federated"]
+    heads += ["personal"] * bool(personal)
     caption = "Loss is on the site's own held-out rows; replies are those that counted."
     return _table("sites-table", caption, heads, body)
 

@@ -25,7 +25,7 @@ def headline(run: Run) -> str:
 
 
 def verdict(run: Run) -> list[str]:
-    """What came of it, in up to three sentences that compare only what was measured."""
+    """What came of it, in up to four sentences that compare only what was measured."""
     loss = {
         key: number(run.summary.get(key), "loss")
         for key in ("zero_shot", "local", "federated", "central")
@@ -50,6 +50,12 @@ def verdict(run: Run) -> list[str]:
                 f"It closes {100 * closed:.0f} % of the gap between training alone and training "
                 f"on all data pooled in one place ({score(pooled)})."
             )
+    personal, shared = (number(run.summary.get(k), "own_loss") for k in ("personal", "federated"))
+    if personal is not None and shared is not None:
+        said.append(
+            f"On its own rows a site's personal model reaches {score(personal)} on average, the "
+            f"shared one {score(shared)}."
+        )
     return said
 
 
@@ -85,6 +91,9 @@ def travelled(run: Run) -> list[str]:
         )
     elif payload:
         parameters = number(run.summary, "trainable_parameters")
+        kept = number(run.summary, "personal_parameters") or 0
+        if parameters is not None:
+            parameters -= kept
         amount = "the" if parameters is None else f"{count(parameters)}"
         what = "parameters of the whole model" if payload == "full" else "trained parameters"
         said.append(
@@ -92,6 +101,11 @@ def travelled(run: Run) -> list[str]:
             f"(payload kind “{payload}”) and sent back how its training changed them, with a "
             "report of numbers: its training rows, losses, times and counts, kept in metrics.jsonl."
         )
+        if kept:
+            said.append(
+                f"Another {count(kept)} trained parameters never left the site, which trains its "
+                "own; figures of a site are those of the shared part together with them."
+            )
     down, up = (number(run.summary, f"bytes_{way}_per_round") for way in ("down", "up"))
     if down is not None and up is not None:
         said.append(f"Per round that is {size(down)} to all sites together and {size(up)} back.")

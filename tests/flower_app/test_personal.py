@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from flwr.app import Message
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from flower_app import run as server
-from flower_app.config import parse
 from models.section import ConfigError
 from strategies.flower import RoundError
-from tests.fakes import FakeGrid, at_the_server
+from tests.fakes import FakeGrid
 from tests.flower_app.nodes import NAMES, Nodes
+from tests.flower_app.runs import Killed, bytes_below, deploy, killed_in, rows, simulate
 
 PERSONAL: dict[str, Any] = {"payload__personal": "lora_B", "run__rounds": 3}
 
@@ -30,57 +28,8 @@ def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "write_report", lambda folder: folder)
 
 
-class Killed(BaseException):
-    """The server's process ends."""
-
-
-def run(nodes: Nodes, grid: FakeGrid, **keys: Any) -> Path:
-    """A whole run; returns its folder."""
-    with at_the_server():
-        return server.run(grid, parse(nodes.flat(**keys))).path
-
-
-def simulate(nodes: Nodes, name: str, **keys: Any) -> tuple[Path, FakeGrid]:
-    keys = PERSONAL | {"run__output_dir": str(nodes.folder / name)} | keys
-    grid = nodes.grid(*map(nodes.simulated, range(3)), **keys)
-    return run(nodes, grid, **keys), grid
-
-
-def deploy(nodes: Nodes, name: str, **keys: Any) -> tuple[Path, FakeGrid]:
-    keys = PERSONAL | {"run__output_dir": str(nodes.folder / name)} | keys
-    keys |= {"data__partition": "own", "strategy__min_sites": 3}
-    state = str(nodes.folder / f"{name}-state")
-    configs = [nodes.deployed(site, state_path=state) for site in NAMES]
-    grid = nodes.grid(*configs, **keys)
-    return run(nodes, grid, **keys), grid
-
-
-def bytes_below(folder: Path) -> dict[str, bytes]:
-    """Every tensor file and adapter below a folder."""
-    files = sorted(folder.rglob("*.safetensors"))
-    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
-
-
-def rows(folder: Path, kind: str) -> list[dict[str, Any]]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [row for row in map(json.loads, lines) if row["kind"] == kind]
-
-
-def killed_in(grid: FakeGrid, round_: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the server die once every site has trained, and kept its state, in a round."""
-    pull = grid.pull_messages
-
-    def pulling(message_ids: Iterable[str]) -> Iterable[Message]:
-        last = grid.questions[-1].metadata
-        if (last.message_type, last.group_id) == ("train", str(round_)):
-            raise Killed
-        return pull(message_ids)
-
-    monkeypatch.setattr(grid, "pull_messages", pulling)
-
-
 def test_personal_parts_never_travel(nodes: Nodes) -> None:
-    folder, grid = simulate(nodes, "runs")
+    folder, grid = simulate(nodes, "runs", PERSONAL)
     sent = [dict(q.content.array_records) for q in grid.questions]
     travelling = [name for records in sent if records for name in records["arrays"]]
     assert travelling and all(".lora_A." in name for name in travelling)
@@ -92,7 +41,7 @@ def test_personal_parts_never_travel(nodes: Nodes) -> None:
 
 
 def test_each_site_keeps_a_part_of_its_own(nodes: Nodes) -> None:
-    folder, _ = simulate(nodes, "runs")
+    folder, _ = simulate(nodes, "runs", PERSONAL)
     start = {f"personal/{name}" for name in nodes.start() if ".lora_B." in name}
     last = [load_file(folder / "sites" / name / "round-00003.safetensors") for name in NAMES]
     for tensors in last:
@@ -106,7 +55,7 @@ def test_each_site_keeps_a_part_of_its_own(nodes: Nodes) -> None:
 
 
 def test_a_site_s_adapter_scores_what_the_run_reports(nodes: Nodes) -> None:
-    folder, grid = simulate(nodes, "runs")
+    folder, grid = simulate(nodes, "runs", PERSONAL)
     (final,) = [row for row in rows(folder, "evaluation") if row["round"] == 3]
     arrays = grid.questions[-1].content.array_records["arrays"]
     shared = {name: torch.frombuffer(bytearray(a.data), dtype=torch.float32).view(a.shape)
@@ -127,7 +76,7 @@ def test_a_site_s_adapter_scores_what_the_run_reports(nodes: Nodes) -> None:
 def test_a_killed_run_ends_with_the_same_bytes(
     nodes: Nodes, start: Callable[..., tuple[Path, FakeGrid]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, _ = start(nodes, "whole")
+    whole, _ = start(nodes, "whole", PERSONAL)
     expected = bytes_below(whole) | bytes_below(nodes.folder / "whole-state" / whole.name)
     make = nodes.grid
 
@@ -138,23 +87,23 @@ def test_a_killed_run_ends_with_the_same_bytes(
 
     monkeypatch.setattr(nodes, "grid", dying)
     with pytest.raises(Killed):
-        start(nodes, "cut")
+        start(nodes, "cut", PERSONAL)
     cut = (nodes.folder / "cut" / "latest").resolve()
     kept = [*cut.rglob("round-00003.*"), *(nodes.folder / "cut-state").rglob("round-00003.*")]
     assert len(kept) == 3, "the sites had gone on to round 3"
     monkeypatch.setattr(nodes, "grid", make)
     moved = cut.rename(cut.with_name("renamed"))
     nodes.restart()
-    again, _ = start(nodes, "cut", run__resume=str(moved))
+    again, _ = start(nodes, "cut", PERSONAL, run__resume=str(moved))
     found = bytes_below(again) | bytes_below(nodes.folder / "cut-state" / cut.name)
     assert found == expected
 
 
 def test_sharing_a_is_keeping_b(nodes: Nodes) -> None:
     """FedSA-LoRA is the mean on what travels, with B personal."""
-    by_name, _ = simulate(nodes, "one", run__rounds=2)
+    by_name, _ = simulate(nodes, "one", PERSONAL, run__rounds=2)
     keys = {"payload__personal": "", "strategy__rule": "lora-share-a", "run__rounds": 2}
-    by_rule, _ = simulate(nodes, "two", **keys)
+    by_rule, _ = simulate(nodes, "two", PERSONAL, **keys)
     assert bytes_below(by_name) == bytes_below(by_rule)
     member = nodes.member(nodes.deployed("north"), **keys)
     assert "since strategy.rule='lora-share-a' keeps" in member["error"]
@@ -177,11 +126,11 @@ def test_sharing_a_is_keeping_b(nodes: Nodes) -> None:
 )
 def test_what_cannot_stay_is_refused(nodes: Nodes, keys: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        simulate(nodes, "runs", **keys)
+        simulate(nodes, "runs", PERSONAL, **keys)
 
 
 def test_a_deployed_site_hears_of_no_folder_of_the_server(nodes: Nodes) -> None:
-    folder, grid = deploy(nodes, "runs")
+    folder, grid = deploy(nodes, "runs", PERSONAL)
     assert not (folder / "sites").exists()
     for question in grid.questions:
         if question.metadata.message_type != "query":
@@ -224,9 +173,9 @@ def test_sites_in_one_process_do_not_mix(nodes: Nodes) -> None:
 
 def test_a_damaged_state_fails_the_site_and_not_the_run(nodes: Nodes) -> None:
     keys = {"strategy__min_sites": 1, "run__quorum": 0.6}
-    folder, _ = simulate(nodes, "runs", **keys, run__rounds=1)
+    folder, _ = simulate(nodes, "runs", PERSONAL, **keys, run__rounds=1)
     (folder / "sites" / "north" / "round-00001.safetensors").write_bytes(b"not a tensor")
-    simulate(nodes, "runs", **keys, run__rounds=2, run__resume=str(folder))
+    simulate(nodes, "runs", PERSONAL, **keys, run__rounds=2, run__resume=str(folder))
     second = {row["site"]: row for row in rows(folder, "site") if row["round"] == 2}
     assert [second[name]["status"] for name in NAMES] == ["ok", "failed", "ok"]
     assert "Expected a whole file of the site's state" in second["north"]["reason"]
@@ -235,7 +184,7 @@ def test_a_damaged_state_fails_the_site_and_not_the_run(nodes: Nodes) -> None:
 def test_a_full_disk_at_every_site_ends_the_run_with_rounds_safe(
     nodes: Nodes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, _ = simulate(nodes, "runs", run__rounds=1)
+    folder, _ = simulate(nodes, "runs", PERSONAL, run__rounds=1)
     before = bytes_below(folder / "sites")
 
     def full(*_: object) -> None:
@@ -243,5 +192,5 @@ def test_a_full_disk_at_every_site_ends_the_run_with_rounds_safe(
 
     monkeypatch.setattr("flower_app.sitestate.save_file", full)
     with pytest.raises(RoundError, match=r"write the site's state.*No space.*rounds are safe"):
-        simulate(nodes, "runs", run__rounds=2, run__resume=str(folder))
+        simulate(nodes, "runs", PERSONAL, run__rounds=2, run__resume=str(folder))
     assert bytes_below(folder / "sites") == before

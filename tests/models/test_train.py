@@ -22,11 +22,24 @@ from models.evaluate import Score, evaluate, rank
 from models.payload import Payload, attach
 from models.section import ConfigError
 from models.text import IGNORED, Causal, Classified, Example, Ranked
-from models.train import TrainingError, train
+from models.train import Correction, TrainingError, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 PLAIN = TrainConfig(optimizer="sgd", max_grad_norm=0.0)
+
+
+class Bowls(nn.Module):
+    """Loss: mean over centres y of (a / 2) * |w - y|^2, with the gradient a * (w - mean(y))."""
+
+    def __init__(self, start: float, curvature: float = 1.0) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor([start]))
+        self.curvature = curvature
+
+    def forward(self, labels: Tensor) -> SimpleNamespace:
+        apart = self.w - labels.float()
+        return SimpleNamespace(loss=self.curvature / 2 * apart.square().mean())
 
 
 class Toy(nn.Module):
@@ -182,6 +195,45 @@ def test_fedprox_follows_the_gradient_of_its_penalty(tiny_models: Mapping[str, P
     assert sum(float((t - first[n]).norm()) for n, t in payload.select().items()) < sum(
         float((t - first[n]).norm()) for n, t in plain.select().items()
     )
+
+
+def test_a_pull_stands_where_it_is_told_to() -> None:
+    """With a gradient of 1 and lr 0.1: w - 0.1 (1 + 2 (w - 5)), by hand from w = 1."""
+    payload = Payload("toy", Toy([1.0]))
+    pull = Correction(2.0, {"w": torch.tensor([5.0])})
+    batches = iter([toy_batch(1)] * 2)
+    train(payload, batches, settings(prox_mu=9.0), steps=2, learning_rate=0.1, correction=pull)
+    assert float(payload.select()["w"]) == pytest.approx(1.7 - 0.1 * (1 + 2 * (1.7 - 5)))
+
+
+@pytest.mark.parametrize("strength", [0.5, 3.0])
+def test_a_pull_ends_between_the_site_s_optimum_and_the_anchor(strength: float) -> None:
+    """Ditto's minimum of (1 / 2)(v - 4)^2 + (lambda / 2) v^2 is 4 / (1 + lambda)."""
+    payload = Payload("bowls", Bowls(1.0))
+    pull = Correction(strength, {"w": torch.zeros(1)})
+    train(payload, iter([toy_batch(4)] * 200), PLAIN, steps=200, learning_rate=0.1, correction=pull)
+    assert float(payload.select()["w"]) == pytest.approx(4 / (1 + strength), rel=1e-5)
+
+
+def test_a_shift_comes_after_clipping() -> None:
+    payload = Payload("toy", Toy([0.0]))
+    shift = Correction(shift={"w": torch.tensor([10.0]), "elsewhere": torch.ones(1)})
+    keys = settings(max_grad_norm=1.0)
+    train(payload, iter([toy_batch(5)]), keys, steps=1, learning_rate=0.1, correction=shift)
+    assert float(payload.select()["w"]) == pytest.approx(-0.1 * (1 + 10), rel=1e-5)
+
+
+def test_fedprox_pulls_on_what_is_shared_only() -> None:
+    module = nn.ModuleDict()
+    module.a, module.b = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+    module.forward = lambda labels: SimpleNamespace(  # type: ignore[method-assign]
+        loss=(module.a + module.b).sum() * labels.float().mean()
+    )
+    payload = Payload("toy", module, personal="b")
+    batches = iter([toy_batch(1)] * 2)
+    train(payload, batches, settings(prox_mu=1.0), steps=2, learning_rate=0.1)
+    assert float(payload.select()["a"]) == pytest.approx(-0.1 - 0.1 * (1 - 0.1))
+    assert float(payload.select_personal()["b"]) == pytest.approx(-0.2)
 
 
 def test_without_penalty_fedprox_is_plain_training(tiny_models: Mapping[str, Path]) -> None:
