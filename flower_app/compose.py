@@ -18,6 +18,7 @@ from models.seeds import derive
 from strategies import registry
 from strategies.attacks import registry as attacks
 from strategies.attacks.registry import Attack
+from strategies.lora import frozen_factor
 from strategies.stage import Rule
 
 
@@ -42,13 +43,14 @@ def check_names(config: Config) -> None:
 def _check_factors(config: Config) -> None:
     """Refuse LoRA rules on payloads of which they do not find the factors that they work on."""
     rule = config.strategy.rule
-    if rule == "lora-share-a" and config.payload.kind != "lora":
+    if rule.startswith("lora-") and config.payload.kind != "lora":
         raise ConfigError(
             f"Expected payload.kind='lora' with strategy.rule={rule!r}, got "
             f"{config.payload.kind!r}; set it, or strategy.rule='mean'."
         )
     halves = {part for entry in personal(config).split(",") for part in entry.strip().split(".")}
-    if rule in ("lora-svd", "lora-exact", "lora-stack") and halves & {"lora_A", "lora_B"}:
+    whole = ("lora-mean", "lora-svd", "lora-exact", "lora-stack", "lora-alternate")
+    if rule in whole and halves & {"lora_A", "lora_B"}:
         raise ConfigError(
             f"Expected whole pairs of factors to travel with strategy.rule={rule!r}, got "
             f"payload.personal={config.payload.personal!r}; leave lora_A and lora_B out of it, or "
@@ -121,6 +123,16 @@ def personal(config: Config) -> str:
     return ",".join(filter(None, [config.payload.personal, *own]))
 
 
+def _frozen(config: Config) -> str:
+    """The part of the payload that is never trained."""
+    return "lora_A" if config.strategy.rule == "lora-freeze-a" else ""
+
+
+def held(config: Config, round_: int) -> str:
+    """The LoRA factor, `A` or `B`, that no site trains in a round; empty: both are trained."""
+    return frozen_factor(round_) if config.strategy.rule == "lora-alternate" else ""
+
+
 def keeps(config: Config) -> str:
     """The settings that make a site keep something across rounds; empty if none does."""
     settings = {
@@ -136,7 +148,8 @@ def model_key(config: Config, path: str) -> str:
     parts = [config.model.model_dump_json(), config.payload.model_dump_json()]
     if config.model.task == "classification":  # whose classes may be counted in the data
         parts.append(config.data.model_dump_json())
-    return "\n".join([*parts, personal(config), config.train.packing, str(config.run.seed), path])
+    parts += [personal(config), _frozen(config)]
+    return "\n".join([*parts, config.train.packing, str(config.run.seed), path])
 
 
 def load_base(config: Config, path: str = "") -> Base:
@@ -157,6 +170,7 @@ def attach(config: Config, loaded: Base) -> Payload:
         tokenizer=loaded.tokenizer,
         task=config.model.task,
         fresh_modules=loaded.fresh_modules,
+        frozen=_frozen(config),
         seed=derive(config.run.seed, "payload"),
     )
 

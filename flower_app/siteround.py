@@ -12,6 +12,7 @@ from flower_app.node import NodeConfig
 from flower_app.sitestate import Groups, site_state
 from flower_app.worker import Site, steps_per_round, train_round
 from models.evaluate import Score
+from models.factors import held
 from models.layout import LayoutError
 from models.payload import Payload
 from models.train import Correction, Trained
@@ -58,7 +59,8 @@ class SiteRound:
     def train(self) -> Trained:
         """Train on the site's rows for the round that follows."""
         steps = steps_per_round(self._config, [self._site.batches])
-        trained = self._train(steps, self._site.name)
+        with held(self._payload, compose.held(self._config, self._done + 1)):
+            trained = self._train(steps, self._site.name)
         if self._config.train.ditto_lambda:
             self._train_personal(steps)
         return trained

@@ -129,12 +129,14 @@ def attach(
     tokenizer: PreTrainedTokenizerBase | None = None,
     task: str = "causal-lm",
     fresh_modules: Sequence[str] = (),
+    frozen: str = "",
     seed: int = 0,
 ) -> Payload:
     """Attach the payload that `config` names to `model`, which it freezes and changes in place.
 
     Modules named in `fresh_modules` (a classification head, say) are trained too, and travel unless
-    `config.personal` keeps them at the site. Start values are drawn from `seed`. Raises
+    `config.personal` keeps them at the site. Parameters with the part `frozen` in their name, such
+    as `lora_A`, stay at their start and do not travel. Start values are drawn from `seed`. Raises
     ConfigError for an unknown kind or option, or one that the architecture does not support.
     """
     if config.kind == "full":
@@ -158,6 +160,9 @@ def attach(
         ) from error
     _require_trained(module, fresh_modules, config.kind)
     _keep_heads_precise(module)
+    for name, parameter in module.named_parameters():
+        if frozen and f".{frozen}." in name:
+            parameter.requires_grad_(False)
     whole = module.to(model.device)
     return _checked(Payload(config.kind, whole, config.personal, fresh_modules), task)
 

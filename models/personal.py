@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from models.section import ConfigError, unknown
 
 # PEFT names the factors of an adapted embedding differently.
-_WORDS = {
+FACTORS = {
     "lora_A": ("lora_A", "lora_embedding_A"),
     "lora_B": ("lora_B", "lora_embedding_B"),
 }
@@ -24,7 +24,7 @@ def personal_names(
     """
     found: set[str] = set()
     for entry in filter(None, (entry.strip() for entry in listed.split(","))):
-        wanted = fresh_modules if entry == "head" else _WORDS.get(entry, (entry,))
+        wanted = fresh_modules if entry == "head" else FACTORS.get(entry, (entry,))
         matched = {n for n in names if any(f".{part}." in f".{n}." for part in wanted)}
         if not matched:
             raise unknown("payload.personal entry", entry, _choices(names, fresh_modules))

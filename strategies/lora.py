@@ -90,7 +90,7 @@ def lora_freeze_a() -> Rule:
 
     def apply(cohort: Cohort) -> Delta:
         check_layout("lora-freeze-a", cohort.layout)
-        return _held(_averaged(cohort), "lora_A")
+        return _held(_averaged(cohort), "A")
 
     return Stage("lora-freeze-a", Cohort, Delta, pure(apply))
 
@@ -124,14 +124,14 @@ def lora_share_a() -> Rule:
     def apply(cohort: Cohort) -> Delta:
         if not any(side(name) == "A" for name in cohort.layout.names):
             raise _misfit("lora-share-a", "no factor A")
-        return _held(_averaged(cohort), "lora_B")
+        return _held(_averaged(cohort), "B")
 
     return Stage("lora-share-a", Cohort, Delta, pure(apply), proves=mean().proves)
 
 
 def frozen_factor(round_: int) -> str:
-    """The factor that `lora-alternate` holds still in round `round_`, counted from 1."""
-    return "lora_A" if round_ % 2 else "lora_B"
+    """The factor, `A` or `B`, that `lora-alternate` holds still in a round, counted from 1."""
+    return "A" if round_ % 2 else "B"
 
 
 def check_layout(rule: str, layout: Layout) -> None:
@@ -173,15 +173,15 @@ def check_server_optimizer(rule: str, server_optimizer: str) -> None:
         )
 
 
-def product_gap(cohort: Cohort) -> float | None:
+def product_gap(cohort: Cohort, rule: str = "") -> float | None:
     """Relative error of averaging A and B apart; None for a layout without pairs.
 
     ||mean(B A) - mean(B) mean(A)|| / ||mean(B A)||, Frobenius over all pairs, by Gram matrices of
     the factors: O((N R)^2 (I + O)) per pair at most, and no product of shape (O, I).
     """
     pairs = structure(cohort.layout).pairs
-    if not pairs:
-        return None
+    if not pairs:  # with a factor A that all have in common nothing is lost
+        return 0.0 if rule == "lora-freeze-a" else None
     rows, shares = _terms(cohort)
     mix = _residual_mix(shares)
     gap = sum(_square(*_residual(pair, rows, mix)) for pair in pairs)
@@ -198,7 +198,7 @@ def _held(delta: Delta, factor: str) -> Delta:
     """`delta` with zeros for one factor, whether it is of a pair or not."""
     parts = delta.layout.unflatten(delta.vector_D)
     held = {
-        name: torch.zeros_like(part) if side(name) == factor[-1] else part
+        name: torch.zeros_like(part) if side(name) == factor else part
         for name, part in parts.items()
     }
     return replace(delta, vector_D=delta.layout.flatten(held))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -15,6 +17,7 @@ from flower_app import generate
 from flower_app import run as server
 from flower_app.config import parse
 from models.section import ConfigError
+from strategies.messages import decode_all
 from tests.fakes import FakeGrid, at_the_server
 from tests.flower_app.nodes import NAMES, Nodes
 from tests.flower_app.test_personal import Killed, bytes_below, killed_in, rows
@@ -149,5 +152,50 @@ def test_text_is_generated_with_what_was_folded(
 def test_a_payload_that_the_rule_cannot_aggregate_ends_the_run_before_it_begins(
     nodes: Nodes,
 ) -> None:
-    with pytest.raises(ConfigError, match=r"factors A and B .*'lora-exact', got no pair"):
-        simulate(nodes, "runs", "lora-exact", payload__personal="lora_B")
+    with pytest.raises(ConfigError, match=r"plain product for .*'lora-exact'.*of DoRA"):
+        simulate(nodes, "runs", "lora-exact", payload__options='{"use_dora": true}')
+    with pytest.raises(ConfigError, match=r"payload\.kind='lora' with .*'lora-mean', got 'prefix'"):
+        simulate(nodes, "runs", "lora-mean", payload__kind="prefix")
+
+
+def test_with_a_frozen_only_b_travels_and_the_adapter_holds_both(nodes: Nodes) -> None:
+    folder, _ = simulate(nodes, "runs", "lora-freeze-a")
+    whole = nodes.start()
+    assert all(".lora_B." in name for name in nodes.start(strategy__rule="lora-freeze-a"))
+    size = 4 * sum(tensor.numel() for name, tensor in whole.items() if ".lora_B." in name)
+    for row in rows(folder, "site"):
+        assert (row["status"], row["bytes_down"], row["bytes_up"]) == ("ok", size, size)
+    assert [row["product_gap"] for row in rows(folder, "round")] == [0.0] * 3
+    tensors = load_file(folder / "adapter" / "adapter_model.safetensors")
+    assert tensors.keys() == whole.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, whole[name]) is (".lora_A." in name)
+    model = saved(nodes, folder)
+    (final,) = [row for row in rows(folder, "evaluation") if row["round"] == 3]
+    assert products(model) and final["loss"] < rows(folder, "evaluation")[0]["loss"]
+
+
+def test_in_turns_one_factor_stays_as_it_is(nodes: Nodes) -> None:
+    folder, grid = simulate(nodes, "runs", "lora-alternate")
+    before = {name: tensor.clone() for name, tensor in nodes.start().items()}
+    sent = [m["arrays"] for m in arrays_sent(grid, "train")[::3]]
+    sent.append(arrays_sent(grid, "evaluate")[0]["arrays"])
+    for round_, record in enumerate(sent[1:], 1):
+        after = decode_all(record)
+        for name, tensor in after.items():
+            still = ".lora_A." if round_ % 2 else ".lora_B."
+            assert torch.equal(tensor, before[name]) is (still in name)
+        before = after
+    delta, _ = nodes.train(nodes.simulated(1), 2, before, strategy__rule="lora-alternate")
+    for name, tensor in delta.items():
+        assert bool(tensor.any()) is (".lora_A." in name)  # at the site, too
+    assert max(row["product_gap"] for row in rows(folder, "round")) < 1e-6
+    simulate(nodes, "cut", "lora-alternate", kill_in=3)
+    nodes.restart()
+    again, _ = simulate(nodes, "cut", "lora-alternate", run__resume="latest")
+    assert bytes_below(again) == bytes_below(folder)
+
+
+def arrays_sent(grid: FakeGrid, kind: str) -> list[Mapping[str, Any]]:
+    """Records of arrays in the questions of a kind, in order."""
+    return [q.content.array_records for q in grid.questions if q.metadata.message_type == kind]
