@@ -176,10 +176,8 @@ class ComposedStrategy(Strategy):
             self._require_quorum(server_round, len(weights), outcomes)
             received = time.monotonic()
             cohort = Cohort.of(self._layout, self._base_D, spool, weights)
-            delta, gap = (
-                self._run_chain(server_round, cohort),
-                product_gap(cohort, self._settings.rule),
-            )
+            delta = self._run_chain(server_round, cohort)
+            gap = product_gap(cohort, self._settings.rule)
         folded_down = nbytes(self.fold) * len(self._asked)
         self.fold = accumulated(self.fold, delta.fold)
         self._base_D, self._done = self._base_D + delta.vector_D, server_round
