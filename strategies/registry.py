@@ -25,6 +25,7 @@ from strategies import (
     trust,
     weighers,
 )
+from strategies.bulyan import bulyan
 from strategies.centered_clipping import centered_clipping
 from strategies.config import StrategyConfig
 from strategies.stage import Post, Pre, Rule, chain
@@ -57,6 +58,7 @@ RULES: Mapping[str, Factory[Rule]] = MappingProxyType(
         "norm-bounding": rules.norm_bounding,
         "median": coordinates.median,
         "trimmed-mean": coordinates.trimmed_mean,
+        "bulyan": bulyan,
         "lora-mean": lora.lora_mean,
         "lora-exact": lora.lora_exact,
         "lora-stack": lora.lora_stack,
