@@ -91,6 +91,7 @@ STUDIES: Mapping[str, Study] = {
             "data.partition-column": "domain",
             "run.rounds": 10,
             "train.steps": 10,
+            "train.batch-size": 16,
             "train.max-length": 32,
             "train.learning-rate": 1e-3,
         },
