@@ -9,7 +9,7 @@ from torch import Tensor
 
 from models.section import ConfigError
 from strategies.cohort import Cohort, Delta
-from strategies.mixing import chosen, weighted_sum
+from strategies.mixing import weighted_sum
 from strategies.product import Pair, stacked, structure, truncated
 from strategies.stage import Rule, Stage, pure
 
@@ -18,8 +18,8 @@ def combine() -> Rule:
     """Weighted sum of the updates, which ends rules that are linear in them, such as Krum.
 
     Plain layouts: the weighted mean, O(N D), two rows in memory. Layouts with LoRA factors: each
-    module's sum of products, cut to the rank of the payload by SVD as in `lora-svd`; a single
-    site that was chosen keeps its factors. Breakdown point 0 by itself.
+    module's sum of products, cut to the rank of the payload by SVD as in `lora-svd`, even for one
+    chosen site, which could have sent (kA, B/k). Breakdown point 0 by itself.
     """
     return Stage("combine", Cohort, Delta, pure(combined))
 
@@ -49,8 +49,6 @@ def combined(cohort: Cohort) -> Delta:
     """The weighted sum of a cohort's updates, relative to the base; products for LoRA factors."""
     source, coefficients_S = cohort.source, cohort.coefficients_S
     found = structure(cohort.layout)
-    if (only := chosen(coefficients_S)) is not None:
-        return Delta(source.rows[only].clone(), cohort.layout)
     total_D = weighted_sum(source.rows, coefficients_S.tolist(), cohort.layout.size)
     for pair in found.pairs:
         a, b = _averaged(pair, source, coefficients_S)

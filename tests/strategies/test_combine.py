@@ -87,10 +87,18 @@ def test_each_pair_is_the_best_approximation_of_the_sum(
         torch.testing.assert_close(new[b].double() @ new[a].double(), best, rtol=1e-3, atol=1e-3)
 
 
-def test_one_site_with_all_the_weight_keeps_its_factors() -> None:
-    cohort = lora_cohort(3, 3)
-    picked = cohort.mixed(torch.tensor([[0.0, 1.0, 0.0]]), ["site-001"], torch.ones(1))
-    assert torch.equal(run(combine(), picked), cohort.rows[1])
+@pytest.mark.parametrize("gauge", [-1.0, 1e3])
+def test_one_site_with_all_the_weight_gives_its_product_and_not_its_choice_of_factors(
+    gauge: float,
+) -> None:
+    plain, scaled = (lora_cohort(3, 3, gauge=(1.0, k)) for k in (1.0, gauge))
+    mix, name, weight = torch.tensor([[0.0, 1.0, 0.0]]), ["site-001"], torch.ones(1)
+    wanted, got = (run(combine(), cohort.mixed(mix, name, weight)) for cohort in (plain, scaled))
+    torch.testing.assert_close(update(plain, wanted), products(plain)[1], rtol=0, atol=1e-4)
+    torch.testing.assert_close(update(plain, got), products(plain)[1], rtol=0, atol=1e-2)
+    new = LORA.unflatten(scaled.base_D + got)
+    for a, _ in PAIRS:  # orthonormal, where the site's own A was a thousand times as long
+        torch.testing.assert_close(new[a] @ new[a].T, torch.eye(len(new[a])), rtol=0, atol=1e-3)
 
 
 def test_no_weight_at_all_keeps_the_product_and_factors_that_can_learn() -> None:
