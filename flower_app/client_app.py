@@ -132,6 +132,7 @@ def on_roll_call(message: Message, config: Config, node: NodeConfig) -> RecordDi
     """Say who this site is and whether it can take part; loads its model and rows to be sure."""
     if keeping := compose.keeps(config):
         require_state_path(node, keeping)
+    compose.site_rank(config, node)
     base, _ = _WORKER.model(config, node)
     site = _WORKER.site(config, node)
     log(INFO, "%s: %d rows, %d held out; %s", site.name, site.rows, site.held_out_rows, site.notes)
@@ -188,6 +189,7 @@ def on_train(message: Message, config: Config, node: NodeConfig) -> RecordDict:
         "base_reads": _WORKER.bases.reads,
         "worker": worker_name(),
     }
+    report |= {"rank": work.rank} if work.rank < config.payload.rank else {}
     report |= score_fields("before", before) | score_fields("after", after)
     report |= score_fields("backdoor", backdoor) if backdoor.rows else {}
     report |= score_fields("personal", personal) if personal else {}

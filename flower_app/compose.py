@@ -9,6 +9,7 @@ from flower_app.config import Config
 from flower_app.data import poison
 from flower_app.data.format import prompt_maker
 from flower_app.data.site import label_names
+from flower_app.node import NodeConfig
 from models import attention, base, payload
 from models.base import Base
 from models.layout import Layout
@@ -18,7 +19,7 @@ from models.seeds import derive
 from strategies import registry
 from strategies.attacks import registry as attacks
 from strategies.attacks.registry import Attack
-from strategies.lora import frozen_factor
+from strategies.lora import check_ranks, frozen_factor
 from strategies.stage import Rule
 
 
@@ -48,6 +49,8 @@ def _check_factors(config: Config) -> None:
             f"Expected payload.kind='lora' with strategy.rule={rule!r}, got "
             f"{config.payload.kind!r}; set it, or strategy.rule='mean'."
         )
+    if config.payload.site_ranks:
+        check_ranks(rule, f"payload.site-ranks={config.payload.site_ranks!r}")
     halves = {part for entry in personal(config).split(",") for part in entry.strip().split(".")}
     whole = ("lora-mean", "lora-svd", "lora-exact", "lora-stack", "lora-alternate")
     if rule in whole and halves & {"lora_A", "lora_B"}:
@@ -126,6 +129,31 @@ def personal(config: Config) -> str:
 def _frozen(config: Config) -> str:
     """The part of the payload that is never trained."""
     return "lora_A" if config.strategy.rule == "lora-freeze-a" else ""
+
+
+def site_rank(config: Config, node: NodeConfig) -> int:
+    """Rank of LoRA at a site; raises ConfigError for one that it cannot have."""
+    whole = config.payload.rank
+    if node.simulated:
+        return config.payload.rank_at(node.partition_id)
+    if config.payload.site_ranks:
+        raise ConfigError(
+            "Expected no payload.site-ranks with deployed sites, got "
+            f"{config.payload.site_ranks!r}; leave it empty, each names 'rank' in its node config."
+        )
+    if node.rank > whole:
+        raise ConfigError(
+            f"Expected 'rank' of at most {whole} (payload.rank) in this node's config, got "
+            f"{node.rank}; lower it, or ask for a run with a higher payload.rank."
+        )
+    if node.rank and config.payload.kind != "lora":
+        raise ConfigError(
+            f"Expected payload.kind='lora' with 'rank' in this node's config, got "
+            f"{config.payload.kind!r}; leave 'rank' out."
+        )
+    if 0 < node.rank < whole:
+        check_ranks(config.strategy.rule, f"sites of a rank below payload.rank={whole}")
+    return node.rank or whole
 
 
 def held(config: Config, round_: int) -> str:

@@ -152,7 +152,7 @@ def _explain(error: ErrorDetails) -> str:
 def _contradictions(config: Config) -> list[str]:
     """What is wrong with settings that are each right by themselves, one message each."""
     found: list[str] = []
-    for section in (config.data, config.train, config.strategy):
+    for section in (config.payload, config.data, config.train, config.strategy):
         try:
             section.check()
         except ConfigError as error:

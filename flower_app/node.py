@@ -19,6 +19,11 @@ class NodeConfig(Section):
     data_path: str = Field("", description="File or folder of the site's rows.")
     eval_path: str = Field("", description="Held-out rows of their own; else a share is held out.")
     model_path: str = Field("", description="Folder of the base model at the site.")
+    rank: int = Field(
+        0,
+        ge=0,
+        description="Rank of `lora` at this site, at most `payload.rank`; 0 is that.",
+    )
     state_path: str = Field(
         "",
         description="Folder for what the site keeps across rounds; needed where a run keeps "

@@ -19,7 +19,7 @@ from strategies.flower import RoundOutcome
 from strategies.messages import Scalar, SiteOutcome
 
 _NUMBERS = ("train_loss", "load_s", "train_s", "eval_s")
-_COUNTS = ("examples", "steps", "tokens", "useful_tokens", "base_reads")
+_COUNTS = ("examples", "steps", "tokens", "useful_tokens", "base_reads", "rank")
 _LARGEST = 1e15  # no honest sum of losses, count or time of a round comes near it
 
 

@@ -147,7 +147,7 @@ _NODE = """## Node config
 
 What the operator of a site gives its SuperNode, as
 `flower-supernode --node-config 'site="north" data-path="/data/notes.jsonl"'`. Nothing of it leaves
-the site but the name.
+the site but the name and a rank below `payload.rank`.
 
 """
 

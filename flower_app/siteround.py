@@ -12,7 +12,7 @@ from flower_app.node import NodeConfig
 from flower_app.sitestate import Groups, site_state
 from flower_app.worker import Site, steps_per_round, train_round
 from models.evaluate import Score
-from models.factors import held
+from models.factors import held, leading
 from models.layout import LayoutError
 from models.payload import Payload
 from models.train import Correction, Trained
@@ -45,6 +45,8 @@ class SiteRound:
         self._payload = payload
         self._site = site
         self._received = received
+        self.rank = compose.site_rank(config, node)
+        self._start = leading(received, self.rank)
         self._done = done
         self._state = site_state(node, plan, site.name) if compose.keeps(config) else None
         self._kept: Groups = self._state.after(done) if self._state else {}
@@ -59,6 +61,7 @@ class SiteRound:
     def train(self) -> Trained:
         """Train on the site's rows for the round that follows."""
         steps = steps_per_round(self._config, [self._site.batches])
+        self._payload.load(self._start)
         with held(self._payload, compose.held(self._config, self._done + 1)):
             trained = self._train(steps, self._site.name)
         if self._config.train.ditto_lambda:
@@ -72,8 +75,8 @@ class SiteRound:
     def _train_personal(self, steps: int) -> None:
         """Ditto, the personal half of Algorithm 1 (Li et al. 2021), on the round's own batches."""
         shared = self._payload.select()
-        self._payload.load(self._kept.get("ditto", self._received))
-        pull = Correction(self._config.train.ditto_lambda, self._received)
+        self._payload.load(self._kept.get("ditto", self._start))
+        pull = Correction(self._config.train.ditto_lambda, self._start)
         self._train(steps, f"{self._site.name} (personal)", pull)
         self._keeps["ditto"] = self._payload.select()
         self._payload.load(shared)
@@ -94,7 +97,8 @@ class SiteRound:
 
     def finish(self) -> dict[str, Tensor]:
         """Keep what stays at the site, and return the change of what travels."""
-        delta = {name: new - self._received[name] for name, new in self._payload.select().items()}
+        trained = leading(self._payload.select(), self.rank)
+        delta = {name: new - self._received[name] for name, new in trained.items()}
         if self._payload.personal:
             self._keeps["personal"] = self._payload.select_personal()
         if self._state:

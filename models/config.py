@@ -53,6 +53,12 @@ class PayloadConfig(Section):
         "other PEFT method by its name, such as `ia3` or `loha`.",
     )
     rank: int = Field(8, ge=1, description="Rank of `lora`.")
+    site_ranks: str = Field(
+        "",
+        description="In simulation, ranks of `lora` at the sites, such as `4,8,16`, given out in "
+        "turn; none may be above `rank`. Empty is `rank` everywhere. Deployed sites name theirs in "
+        "the node config.",
+    )
     alpha: float = Field(16.0, gt=0, description="`lora` scales its update by alpha / rank.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the input of `lora`.")
     target_modules: str = Field(
@@ -80,6 +86,20 @@ class PayloadConfig(Section):
         description="JSON object of further arguments of the PEFT config, such as "
         '`{"use_dora": true}`.',
     )
+
+    def check(self) -> None:
+        """Refuse settings that contradict each other; raises ConfigError."""
+        entries = [entry.strip() for entry in self.site_ranks.split(",") if entry.strip()]
+        if not all(entry.isdecimal() and 1 <= int(entry) <= self.rank for entry in entries):
+            raise ConfigError(
+                f"Expected payload.site-ranks as whole numbers from 1 to payload.rank={self.rank} "
+                f"with commas between, got {self.site_ranks!r}; lower them, or raise payload.rank."
+            )
+
+    def rank_at(self, partition: int) -> int:
+        """Rank of `lora` at a simulated site."""
+        ranks = [int(entry) for entry in self.site_ranks.split(",") if entry.strip()]
+        return ranks[partition % len(ranks)] if ranks else self.rank
 
 
 class TrainConfig(Section):

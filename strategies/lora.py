@@ -23,6 +23,8 @@ from strategies.stage import Rule, Stage, State, pure
 
 # A server optimiser would move what these rules set, or hold still, exactly.
 _EXACT = ("lora-exact", "lora-stack", "lora-alternate")
+# Rules by products, to which a site of a lower rank is one whose other components are zero.
+_RANKED = ("lora-exact", "lora-stack", "lora-svd")
 _FOLDING = ("lora-exact", "lora-stack")
 _PAIRED = ("lora-mean", "lora-exact", "lora-stack", "lora-svd", "lora-alternate")
 _BLOCK = 256
@@ -160,6 +162,16 @@ def check_layout(rule: str, layout: Layout) -> None:
         raise ConfigError(
             f"Expected factors of linear and embedding layers for strategy.rule={rule!r}, got "
             f"{odd[0]!r}; leave that module out of payload.target-modules."
+        )
+
+
+def check_ranks(rule: str, ranks: str) -> None:
+    """Refuse sites of a lower rank under a rule that averages factors; raises ConfigError."""
+    if rule not in _RANKED:
+        raise ConfigError(
+            f"Expected strategy.rule of {', '.join(_RANKED)} with {ranks}, got {rule!r}, which "
+            "averages components that some sites lack; pick one of these, or let all sites have "
+            "payload.rank."
         )
 
 

@@ -223,6 +223,7 @@ def configs(draw: st.DrawFn) -> dict[str, Value]:
     if flat["data.partition"] == "own":
         flat["attack.name"] = "none"
     flat["run.name"] = draw(st.from_regex(r"[A-Za-z0-9._-]+", fullmatch=True))
+    flat["payload.site-ranks"] = draw(st.sampled_from(["", "1", " 1,1"]))
     flat["payload.kind"], flat["model.quantization"] = "full", "none"
     if flat["strategy.server-optimizer"] == "none":
         flat["strategy.server-learning-rate"] = 1.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -194,6 +195,62 @@ def test_in_turns_one_factor_stays_as_it_is(nodes: Nodes) -> None:
     nodes.restart()
     again, _ = simulate(nodes, "cut", "lora-alternate", run__resume="latest")
     assert bytes_below(again) == bytes_below(folder)
+
+
+@pytest.mark.parametrize("rule", ["lora-exact", "lora-stack", "lora-svd"])
+def test_sites_of_different_ranks_make_one_model(nodes: Nodes, rule: str) -> None:
+    keys = {"payload__rank": 3, "payload__site_ranks": "1, 3", "run__rounds": 2}
+    folder, _ = simulate(nodes, "runs", rule, **keys)
+    found = [(row["site"], row.get("rank")) for row in rows(folder, "site")]
+    assert found == [*zip(NAMES, (1, None, 1), strict=True)] * 2
+    first, _, last = rows(folder, "evaluation")
+    assert last["loss"] < first["loss"]
+
+
+def test_a_site_of_a_lower_rank_trains_as_lora_of_that_rank(nodes: Nodes) -> None:
+    wide = nodes.start(payload__rank=3)
+    with torch.no_grad():
+        for name in wide:  # B that is not zero, as in later rounds
+            wide[name] = torch.randn(wide[name].shape, generator=torch.Generator().manual_seed(1))
+    narrow = {n: t[:2] if ".lora_A." in n else t[:, :2] for n, t in wide.items()}
+    # Adam would turn the rounding of a gradient near zero into a step of some length.
+    keys = {"strategy__rule": "lora-svd", "train__optimizer": "sgd"}
+    whole = {"payload__rank": 3, "payload__alpha": 6.0, "payload__dropout": 0.2, **keys}
+    delta, report = nodes.train(nodes.simulated(1), 2, wide, payload__site_ranks="3,2", **whole)
+    own = {"payload__rank": 2, "payload__alpha": 4.0, "payload__dropout": 0.2, **keys}
+    wanted, plain = nodes.train(nodes.simulated(1), 2, narrow, **own)
+    assert report["rank"] == 2 and report["train_loss"] == pytest.approx(plain["train_loss"])
+    for name, tensor in delta.items():
+        new, low = wide[name] + tensor, narrow[name] + wanted[name]
+        used, rest = (new[:2], new[2:]) if ".lora_A." in name else (new[:, :2], new[:, 2:])
+        assert torch.allclose(used, low, atol=1e-5) and not rest.any()
+    deployed = nodes.deployed("north") | {"rank": 2}
+    found, told = nodes.train(deployed, 2, wide, data__partition="own", **whole)
+    assert told["rank"] == 2 and all(
+        (wide[n] + t)[2:].abs().max() == 0 for n, t in found.items() if ".lora_A." in n
+    )
+
+
+def test_ranks_that_cannot_be_are_refused_with_the_remedy(nodes: Nodes) -> None:
+    high = nodes.deployed("north") | {"rank": 9}
+    keys = {"data__partition": "own", "strategy__rule": "lora-svd"}
+    said = nodes.member(high, **keys)["error"]
+    assert re.search(r"'rank' of at most 2 \(payload\.rank\).*got 9; lower it", said)
+    low = nodes.deployed("north") | {"rank": 1}
+    assert "error" not in nodes.member(low, **keys)
+    said = nodes.member(low, data__partition="own")["error"]
+    assert re.search(
+        r"strategy\.rule of lora-exact, lora-stack, lora-svd with sites of a rank", said
+    )
+    said = nodes.member(low, data__partition="own", payload__kind="prefix")["error"]
+    assert re.search(r"payload\.kind='lora' with 'rank'.*leave 'rank' out", said)
+    said = nodes.member(low, payload__site_ranks="1", **keys)["error"]
+    assert re.search(r"no payload\.site-ranks with deployed sites", said)
+    with pytest.raises(ConfigError, match=r"lora-svd with payload\.site-ranks='1,2', got 'mean'"):
+        simulate(nodes, "runs", "mean", payload__site_ranks="1,2")
+    for wrong in ("1,3", "0", "two"):
+        with pytest.raises(ConfigError, match=r"from 1 to payload\.rank=2.*raise payload\.rank"):
+            parse(nodes.flat(payload__site_ranks=wrong))
 
 
 def arrays_sent(grid: FakeGrid, kind: str) -> list[Mapping[str, Any]]:
