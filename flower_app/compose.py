@@ -19,7 +19,9 @@ from models.seeds import derive
 from strategies import registry
 from strategies.attacks import registry as attacks
 from strategies.attacks.registry import Attack
+from strategies.cohort import CohortError
 from strategies.lora import check_ranks, frozen_factor
+from strategies.sampling import sample
 from strategies.stage import Rule
 
 
@@ -100,6 +102,16 @@ def adversary(config: Config, layout: Layout, sites: Iterable[str]) -> Adversary
         return None
     chosen = malicious(config, sites)
     return Adversary(picked, config.attack, chosen, layout, config.run.seed)
+
+
+def check_sites(config: Config, sites: Iterable[str]) -> None:
+    """Refuse a chain that needs more updates than `sites` send in a round; raises ConfigError."""
+    settings = config.strategy
+    asked = sample(sites, settings.fraction, settings.min_sites, config.run.seed, 1)
+    try:
+        chain(config).requires(len(asked))
+    except CohortError as error:
+        raise ConfigError(str(error)) from error
 
 
 def num_labels(config: Config) -> int:

@@ -24,7 +24,9 @@ from flower_app.recorder import Recorder, summarise
 from flower_app.report import results_table, write_report
 from flower_app.roster import Member, Roster
 from flower_app.runfolder import Checkpoint, CheckpointError, RunFolder, replacing
+from flower_app.trusted import RootTrainer
 from models import fold
+from models.base import Base
 from models.payload import Payload
 from models.section import ConfigError
 from strategies.flower import ComposedStrategy
@@ -54,6 +56,7 @@ def run(grid: Grid, config: Config) -> RunFolder:
     roster = Roster(base.digest, config.run.roll_call_s)
     members = roster.assemble(grid, config.strategy.min_sites, config.run.deadline_s)
     _check_mode(config, members)
+    compose.check_sites(config, members)
     log(INFO, "Sites: %s", ", ".join(f"{m.site} ({m.rows} rows)" for m in members.values()))
     folder.rewind(config, checkpoint)
     earlier_s = sum(row["wall_s"] for row in folder.rows() if row["kind"] == "round")
@@ -63,7 +66,7 @@ def run(grid: Grid, config: Config) -> RunFolder:
         log(WARNING, "Simulated attack %r by %s.", config.attack.name, ", ".join(sorted(malicious)))
         recorder.attacked(config.attack.name, malicious)
     plan = _plan(folder, facts, _mode(members))
-    strategy = _strategy(config, payload, roster, recorder, folder, plan, members)
+    strategy = _strategy(config, base, payload, roster, recorder, folder, plan, members)
     if checkpoint:
         strategy.restore(checkpoint.round, checkpoint.state, checkpoint.fold)
         log(INFO, "Going on after round %d.", checkpoint.round)
@@ -159,6 +162,7 @@ def _plan(folder: RunFolder, facts: Mapping[str, str], mode: str) -> dict[str, S
 
 def _strategy(
     config: Config,
+    base: Base,
     payload: Payload,
     roster: Roster,
     recorder: Recorder,
@@ -177,6 +181,8 @@ def _strategy(
         plan=lambda round_: plan,
         spool=_spool(folder),
         listener=recorder,
+        trusted=RootTrainer(config, base, payload).update if config.strategy.trusts else None,
+        lora_scale=payload.lora_scale,
         **({"tamper": adversary.tamper} if adversary else {}),
     )
 

@@ -87,7 +87,7 @@ class Worker:
         base, payload = self.model(config, node)
         names = self.names(config, node)
         rows = [row for name in names for row in self._load(config, node, name).train]
-        encoded = self._encode(config, base, payload, rows)
+        encoded = encode_rows(config, base, payload, rows)
         return self._batches(config, base, encoded, "all sites")
 
     def names(self, config: Config, node: NodeConfig) -> list[str]:
@@ -112,8 +112,8 @@ class Worker:
         rows = self._load(config, node, name)
         if name not in self._sites:
             base, payload = self.model(config, node)
-            train = self._encode(config, base, payload, self._poisoned(config, node, rows))
-            held_out = self._encode(config, base, payload, rows.held_out)
+            train = encode_rows(config, base, payload, self._poisoned(config, node, rows))
+            held_out = encode_rows(config, base, payload, rows.held_out)
             pad_id = pad_token(base)
             self._sites[name] = Site(
                 name,
@@ -142,7 +142,7 @@ class Worker:
         """Batches on which a backdoor's success is measured; none without a backdoor."""
         if compose.attack(config).poison != "backdoor":
             return ()
-        encoded = self._encode(config, base, payload, triggered(held_out, config.attack))
+        encoded = encode_rows(config, base, payload, triggered(held_out, config.attack))
         return tuple(eval_batches(encoded.examples, config.train.batch_size, pad_token(base)))
 
     def _simulated(self, config: Config, node: NodeConfig) -> Simulation:
@@ -184,20 +184,6 @@ class Worker:
             self._rows.clear()
             self._sites.clear()
 
-    def _encode(
-        self, config: Config, base: Base, payload: Payload, rows: Sequence[Record]
-    ) -> Encoded:
-        limit, virtual = context(base.model), payload.virtual_tokens
-        if limit and config.train.max_length + virtual > limit:
-            beside = f" beside {virtual} virtual tokens" if virtual else ""
-            raise ConfigError(
-                f"Expected train.max-length of at most {limit - virtual}, the model's context of "
-                f"{limit}{beside}, got {config.train.max_length}; lower it."
-            )
-        if config.model.task == "classification":
-            _require_classes(rows, compose.num_classes(base))
-        return encode(rows, base.tokenizer, config.train.max_length)
-
     def _batches(self, config: Config, base: Base, encoded: Encoded, name: str) -> Batches:
         return Batches(
             encoded.examples,
@@ -207,6 +193,20 @@ class Worker:
             packing=self._packs,
             max_length=config.train.max_length,
         )
+
+
+def encode_rows(config: Config, base: Base, payload: Payload, rows: Sequence[Record]) -> Encoded:
+    """Encode rows for training; raises ConfigError and DataError for what the model cannot take."""
+    limit, virtual = context(base.model), payload.virtual_tokens
+    if limit and config.train.max_length + virtual > limit:
+        beside = f" beside {virtual} virtual tokens" if virtual else ""
+        raise ConfigError(
+            f"Expected train.max-length of at most {limit - virtual}, the model's context of "
+            f"{limit}{beside}, got {config.train.max_length}; lower it."
+        )
+    if config.model.task == "classification":
+        _require_classes(rows, compose.num_classes(base))
+    return encode(rows, base.tokenizer, config.train.max_length)
 
 
 def _require_classes(rows: Sequence[Record], classes: int) -> None:

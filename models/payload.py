@@ -11,6 +11,7 @@ import peft
 import torch
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.lora import LoraLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -56,6 +57,16 @@ class Payload:
     def device(self) -> torch.device:
         """Where the payload's tensors are."""
         return next(iter(self.parameters.values())).device
+
+    @property
+    def lora_scale(self) -> float:
+        """What LoRA multiplies B A by, alpha / rank unless set otherwise; 1 for other payloads.
+
+        The mean over modules where `alpha_pattern` or `rank_pattern` set them apart.
+        """
+        layers = (m for m in self.module.modules() if isinstance(m, LoraLayer))
+        scales = [float(scale) for layer in layers for scale in layer.scaling.values()]
+        return sum(scales) / len(scales) if scales else 1.0
 
     @property
     def virtual_tokens(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -28,6 +29,8 @@ def aggregate(
     pre: str | Sequence[str] = (),
     server_optimizer: str = "none",
     seed: int = 0,
+    trusted: Mapping[str, Tensor] | None = None,
+    lora_scale: float = 1.0,
     **options: object,
 ) -> dict[str, Tensor]:
     """One aggregation without Flower: base plus the aggregated delta, as new named tensors.
@@ -35,7 +38,8 @@ def aggregate(
     `base` maps names to tensors of one dtype; each delta holds the same names and shapes. Deltas
     and weights are sequences, or mappings by site name; no weights means the same for all.
     `options` are those of the stages: `clip_norm=1.0` with `pre="clip"`, `server_learning_rate=0.1`
-    with `server_optimizer="adam"`.
+    with `server_optimizer="adam"`. `trusted` is the server's own update for `fltrust`; `lora_scale`
+    is LoRA's alpha / rank, by which products of factors are weighed against other tensors.
 
     Rules that change frozen weights too (`lora-exact`, `lora-stack`) also return what is to be
     added to the weight of each LoRA module, times alpha / rank: the product of
@@ -55,7 +59,10 @@ def aggregate(
     rows = {site: _row(site, delta, wide) for site, delta in _by_site(deltas).items()}
     shares = None if weights is None else _by_site(weights)
     base_D = wide.flatten({name: tensor.float() for name, tensor in base.items()})
-    cohort = Cohort.of(wide, base_D, rows, shares)
+    trusted_D = None if trusted is None else _row("trusted", trusted, wide)
+    cohort = replace(
+        Cohort.of(wide, base_D, rows, shares), trusted_D=trusted_D, lora_scale=lora_scale
+    )
     generator = torch.Generator().manual_seed(seed)
     delta, _ = stage.apply(stage.init(wide.size), cohort, generator)
     return layout.unflatten(base_D + delta.vector_D) | fold.accumulated(folded, delta.fold)

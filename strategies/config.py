@@ -36,6 +36,11 @@ class StrategyConfig(Section):
     clip_iterations: int = Field(
         3, ge=1, description="Steps of `centered-clipping` towards its centre in a round."
     )
+    root_source: str = Field(
+        "",
+        description="File of rows at the server, in the sites' format, on which `fltrust` trains "
+        "an update of its own in each round.",
+    )
     server_optimizer: str = Field(
         "none",
         min_length=1,
@@ -62,8 +67,18 @@ class StrategyConfig(Section):
         1e4, gt=0, description="An update with a larger L2 norm is quarantined."
     )
 
+    @property
+    def trusts(self) -> bool:
+        """Whether a stage compares the sites' updates with one of the server's own."""
+        return "fltrust" in (self.rule, *(name.strip() for name in self.pre.split(",")))
+
     def check(self) -> None:
         """Refuse settings that contradict each other; raises ConfigError."""
+        if self.trusts and not self.root_source:
+            raise ConfigError(
+                "Expected strategy.root-source with 'fltrust', got nothing; name a file of rows at "
+                "the server, or pick another rule."
+            )
         if self.server_optimizer == "none" and self.server_learning_rate != 1.0:
             raise ConfigError(
                 "Expected strategy.server-learning-rate=1 with server-optimizer='none', got "

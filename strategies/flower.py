@@ -67,14 +67,18 @@ class Listener(Protocol):
 
 # Round, node id -> site, payload before the round, replies: the replies that the gate is shown.
 Tamper = Callable[[int, Mapping[int, str], Tensor, Iterable[Message]], Iterable[Message]]
+# Round, payload, fold so far: what the server itself would send, were it a site.
+Trusted = Callable[[int, Mapping[str, Tensor], Mapping[str, Tensor]], Mapping[str, Tensor]]
 
 
 class ComposedStrategy(Strategy):
     """Plans rounds, gates replies and runs the chain; the only subclass of Flower's Strategy.
 
     `members` maps the names of the sites that are present to their node ids, `plan` gives what a
-    site needs to know of a round; `tamper` is the adversary of a simulation. Given the same seed,
-    members and replies, the result is the same bit for bit, in whatever order the replies arrive.
+    site needs to know of a round; `tamper` is the adversary of a simulation, `trusted` trains the
+    server's own update and `lora_scale` is alpha / rank, for rules that ask for them. Given the
+    same seed, members and replies, the result is the same bit for bit, in whatever order the
+    replies arrive.
     """
 
     def __init__(
@@ -90,6 +94,8 @@ class ComposedStrategy(Strategy):
         spool: Path,
         listener: Listener,
         tamper: Tamper = lambda round_, asked, base_D, replies: replies,
+        trusted: Trusted | None = None,
+        lora_scale: float = 1.0,
     ) -> None:
         self._settings = settings
         self._chain = chain
@@ -101,6 +107,8 @@ class ComposedStrategy(Strategy):
         self._spool = spool
         self._listener = listener
         self._tamper = tamper
+        self._trusted = trusted
+        self._lora_scale = lora_scale
         self._done = 0
         self._base_D = torch.zeros(layout.size)
         self._state: State = chain.init(layout.size)
@@ -257,6 +265,10 @@ class ComposedStrategy(Strategy):
         return 4 * self._layout.size + nbytes(self.fold)
 
     def _run_chain(self, round_: int, cohort: Cohort) -> Delta:
+        cohort = replace(cohort, lora_scale=self._lora_scale)
+        if self._trusted:
+            own = self._trusted(round_, self._layout.unflatten(self._base_D), self.fold)
+            cohort = replace(cohort, trusted_D=self._layout.flatten(own))
         generator = torch.Generator().manual_seed(derive(self._seed, "chain", round_))
         delta, self._state = self._chain.apply(self._state, cohort, generator)
         return delta

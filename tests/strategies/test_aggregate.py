@@ -96,3 +96,25 @@ def test_unknown_names() -> None:
         aggregate("mean", BASE, [FIRST], num_byzantine=2)
     with pytest.raises(CohortError, match="at least one update"):
         aggregate("mean", BASE, [])
+
+
+def test_a_trusted_update_and_the_scale_of_lora_reach_the_rules() -> None:
+    trusted = {"a": torch.tensor([2.0, 0.0]), "b": torch.tensor([[0.0]])}
+    found = aggregate("fltrust", BASE, [FIRST], trusted=trusted)
+    assert math.hypot(*(found["a"] - 1).tolist(), found["b"].item() - 10) == pytest.approx(2.0)
+    with pytest.raises(CohortError, match="finite numbers from 'trusted'"):
+        aggregate("fltrust", BASE, [FIRST], trusted=trusted | {"b": torch.tensor([[math.nan]])})
+    with pytest.raises(ConfigError, match=r"set strategy\.root-source, or pass trusted="):
+        aggregate("fltrust", BASE, [FIRST])
+    base = {"m.lora_A.weight": torch.ones(1, 1), "m.lora_B.weight": torch.zeros(1, 1)}
+    base |= {"head": torch.zeros(1)}
+    near = [(3.0, 0.0), (0.0, 0.0), (0.0, 5.0)]  # (product, head)
+    deltas = [
+        {"m.lora_A.weight": torch.zeros(1, 1), "m.lora_B.weight": torch.tensor([[product]]),
+         "head": torch.tensor([head])}
+        for product, head in near
+    ]  # fmt: skip
+    # At scale 1 the first two are nearest to each other, at scale 100 the last two.
+    for scale, product in ((1.0, 3.0), (100.0, 0.0)):
+        new = aggregate("krum", base, deltas, lora_scale=scale, num_byzantine=0)
+        assert new["m.lora_B.weight"].item() == product
