@@ -1,0 +1,1 @@
+"""The grid of attacks and defences behind docs/robustness.md."""
