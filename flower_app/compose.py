@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from torch import Tensor
+
 from flower_app.adversary import Adversary
 from flower_app.config import Config
 from flower_app.data import poison
@@ -16,7 +18,7 @@ from models.layout import Layout
 from models.payload import Payload, prompting
 from models.section import ConfigError
 from models.seeds import derive
-from strategies import registry
+from strategies import control, registry
 from strategies.attacks import registry as attacks
 from strategies.attacks.registry import Attack
 from strategies.cohort import CohortError
@@ -179,8 +181,22 @@ def keeps(config: Config) -> str:
         "payload.personal": config.payload.personal,
         "strategy.rule='lora-share-a'": config.strategy.rule == "lora-share-a",
         "train.ditto-lambda": config.train.ditto_lambda > 0,
+        "train.correction='scaffold'": config.train.correction == "scaffold",
     }
     return ", ".join(name for name, on in settings.items() if on)
+
+
+def travelling(config: Config, payload: Payload) -> Layout:
+    """Layout of what travels: the payload's shared part, and SCAFFOLD's control variates."""
+    scaffold = config.train.correction == "scaffold"
+    return control.with_controls(payload.layout) if scaffold else payload.layout
+
+
+def started(config: Config, payload: Payload) -> dict[str, Tensor]:
+    """What the server sends out first."""
+    shared = payload.select()
+    scaffold = config.train.correction == "scaffold"
+    return control.joined(shared, control.started(shared)) if scaffold else shared
 
 
 def model_key(config: Config, path: str) -> str:

@@ -160,8 +160,32 @@ def _contradictions(config: Config) -> list[str]:
     return found + list(_wrong_pairs(config))
 
 
+# Rules that treat each number by itself, so that control variates stay means of gradients.
+_SCAFFOLD_RULES = ("mean", "lora-mean", "median", "trimmed-mean")
+
+
+def _wrong_with_scaffold(config: Config) -> Iterator[str]:
+    """What keeps the server's control variate from being the mean of the sites'."""
+    strategy = config.strategy
+    wanted = {"weighting": "uniform", "server_optimizer": "none", "pre": ""}
+    for name, value in wanted.items():
+        if (got := getattr(strategy, name)) != value:
+            key = name.replace("_", "-")
+            yield (
+                f"Expected strategy.{key}={value!r} with train.correction='scaffold', got {got!r}; "
+                "the control variates must be plain means over the sites. Set it."
+            )
+    if strategy.rule not in _SCAFFOLD_RULES:
+        yield (
+            f"Expected strategy.rule to be one of {', '.join(_SCAFFOLD_RULES)} with "
+            f"train.correction='scaffold', got {strategy.rule!r}; set one of them."
+        )
+
+
 def _wrong_pairs(config: Config) -> Iterator[str]:
     """What is wrong between sections."""
+    if config.train.correction == "scaffold":
+        yield from _wrong_with_scaffold(config)
     classification = config.model.task == "classification"
     if classification != (config.data.format == "classification"):
         yield (

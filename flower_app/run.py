@@ -29,6 +29,7 @@ from models import fold
 from models.base import Base
 from models.payload import Payload
 from models.section import ConfigError
+from strategies.control import parted
 from strategies.flower import ComposedStrategy
 from strategies.lora import check_layout
 from strategies.messages import Scalar, decode_all, to_record
@@ -48,7 +49,7 @@ def run(grid: Grid, config: Config) -> RunFolder:
     payload = compose.attach(config, base)
     initial = payload.select()
     check_layout(config.strategy.rule, payload.layout)
-    facts = {"layout": payload.layout.digest, "base": base.digest}
+    facts = {"layout": compose.travelling(config, payload).digest, "base": base.digest}
     if compose.keeps(config):  # the name that sites know the run by, whatever its folder is called
         known = checkpoint.facts if checkpoint else {}
         facts["run"] = known.get("run", folder.path.name)
@@ -71,7 +72,7 @@ def run(grid: Grid, config: Config) -> RunFolder:
         strategy.restore(checkpoint.round, checkpoint.state, checkpoint.fold)
         log(INFO, "Going on after round %d.", checkpoint.round)
     startup_s = time.monotonic() - started
-    start = checkpoint.payload if checkpoint else initial
+    start = checkpoint.payload if checkpoint else compose.started(config, payload)
     trained = payload.layout.size + payload.personal_layout.size
     card = {
         "sites": list(members),
@@ -80,7 +81,7 @@ def run(grid: Grid, config: Config) -> RunFolder:
         **facts,
     }
     try:
-        payload.load(_train(grid, config, strategy, start))
+        payload.load(parted(_train(grid, config, strategy, start))[0])
         fold.replace(payload, strategy.fold)
         ended = time.monotonic()
         _save_adapter(config, folder, payload, base.tokenizer, card)
@@ -170,11 +171,12 @@ def _strategy(
     plan: Mapping[str, Scalar],
     sites: Iterable[str],
 ) -> ComposedStrategy:
-    adversary = compose.adversary(config, payload.layout, sites)
+    layout = compose.travelling(config, payload)
+    adversary = compose.adversary(config, layout, sites)
     return ComposedStrategy(
         config.strategy,
         compose.chain(config),
-        payload.layout,
+        layout,
         seed=config.run.seed,
         quorum=config.run.quorum,
         members=roster.present,

@@ -16,6 +16,7 @@ from models.factors import held, leading
 from models.layout import LayoutError
 from models.payload import Payload
 from models.train import Correction, Trained
+from strategies import control
 from strategies.messages import Scalar
 
 
@@ -36,17 +37,20 @@ class SiteRound:
         plan: Mapping[str, Scalar],
         done: int,
     ) -> None:
-        if plan["layout"] != payload.layout.digest:
+        layout = compose.travelling(config, payload)
+        if plan["layout"] != layout.digest:
             raise LayoutError(
                 f"Expected the server's layout {str(plan['layout'])[:12]}, got "
-                f"{payload.layout.digest[:12]} at this site; use the same versions of the packages."
+                f"{layout.digest[:12]} at this site; use the same versions of the packages."
             )
+        layout.check(received)
         self._config = config
         self._payload = payload
         self._site = site
-        self._received = received
+        self._received, self._control = control.parted(received)
         self.rank = compose.site_rank(config, node)
-        self._start = leading(received, self.rank)
+        self._start = leading(self._received, self.rank)
+        self._steps = 0
         self._done = done
         self._state = site_state(node, plan, site.name) if compose.keeps(config) else None
         self._kept: Groups = self._state.after(done) if self._state else {}
@@ -60,10 +64,11 @@ class SiteRound:
 
     def train(self) -> Trained:
         """Train on the site's rows for the round that follows."""
-        steps = steps_per_round(self._config, [self._site.batches])
+        self._steps = steps = steps_per_round(self._config, [self._site.batches])
+        scaffold = Correction(shift=control.shift(self._own_control(), self._control))
         self._payload.load(self._start)
         with held(self._payload, compose.held(self._config, self._done + 1)):
-            trained = self._train(steps, self._site.name)
+            trained = self._train(steps, self._site.name, scaffold if self._control else None)
         if self._config.train.ditto_lambda:
             self._train_personal(steps)
         return trained
@@ -99,11 +104,25 @@ class SiteRound:
         """Keep what stays at the site, and return the change of what travels."""
         trained = leading(self._payload.select(), self.rank)
         delta = {name: new - self._received[name] for name, new in trained.items()}
+        if self._control:
+            delta = control.joined(delta, self._renew_control(delta))
         if self._payload.personal:
             self._keeps["personal"] = self._payload.select_personal()
         if self._state:
             self._state.save(self._done + 1, self._keeps)
         return delta
+
+    def _own_control(self) -> dict[str, Tensor]:
+        """The site's control variate c_i, at first zero."""
+        return self._kept.get("control") or control.started(self._control)
+
+    def _renew_control(self, delta: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Keep the site's next control variate and return its change."""
+        train, own = self._config.train, self._own_control()
+        rate = train.learning_rate_at(self._done + 1, self._config.run.rounds)
+        new = control.renewed(own, self._control, delta, self._steps * rate)
+        self._keeps["control"] = new
+        return {name: new[name] - own[name] for name in own}
 
     def keep_adapter(self) -> None:
         """Write the site's own model, as a PEFT adapter, beside its state."""

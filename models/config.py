@@ -146,6 +146,13 @@ class TrainConfig(Section):
     prox_mu: float = Field(
         0.0, ge=0, description="FedProx: weight of (mu / 2) * ||w - w_global||^2."
     )
+    correction: Literal["none", "scaffold"] = Field(
+        "none",
+        description="Correction of drift between sites: `scaffold` adds c - c_i to every gradient, "
+        "control variates that travel with the payload and double its bytes (Karimireddy et al. "
+        '2020, option II). Wants `train.optimizer = "sgd"` and '
+        '`strategy.weighting = "uniform"`.',
+    )
     ditto_lambda: float = Field(
         0.0,
         ge=0,
@@ -165,6 +172,18 @@ class TrainConfig(Section):
             raise ConfigError(
                 "Expected exactly one of train.steps and train.epochs above 0, got "
                 f"steps={self.steps} and epochs={self.epochs}; set the other to 0."
+            )
+
+        if self.correction == "scaffold" and self.optimizer != "sgd":
+            raise ConfigError(
+                "Expected train.optimizer='sgd' with train.correction='scaffold', got "
+                f"{self.optimizer!r}; its control variates are mean gradients, read off the "
+                "distance that plain gradient steps cover. Set it, with a learning rate for SGD."
+            )
+        if self.correction == "scaffold" and self.prox_mu:
+            raise ConfigError(
+                "Expected train.prox-mu=0 with train.correction='scaffold', got "
+                f"{self.prox_mu}; both correct the same drift, set one of them to nothing."
             )
 
     def learning_rate_at(self, round_: int, rounds: int) -> float:

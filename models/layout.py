@@ -15,6 +15,9 @@ from torch import Tensor
 # What is added to the frozen weight of a module: factors (O, K) and (K, I), or one (O, I) matrix.
 FOLD_A, FOLD_B, FOLD = ".lora_fold_A.weight", ".lora_fold_B.weight", ".lora_fold.weight"
 
+# Before the name of a payload's tensor: SCAFFOLD's control variate of that tensor.
+CONTROL = "control/"
+
 
 class LayoutError(ValueError):
     """Tensors that do not fit the layout they were held against."""

@@ -21,6 +21,7 @@ from models.layout import Layout
 from models.seeds import derive
 from strategies.cohort import Cohort, Delta, Spool, norm
 from strategies.config import StrategyConfig
+from strategies.control import damped
 from strategies.fold import accumulated, nbytes
 from strategies.gate import Gate, Refusal, Update
 from strategies.lora import product_gap
@@ -114,6 +115,7 @@ class ComposedStrategy(Strategy):
         self._state: State = chain.init(layout.size)
         self.fold: dict[str, Tensor] = {}
         self._asked: dict[int, str] = {}
+        self._present = 0
 
     def restore(self, done: int, state: State, fold: Mapping[str, Tensor] | None = None) -> None:
         """Go on after round `done` with the chain's state and the fold of that moment."""
@@ -144,6 +146,7 @@ class ComposedStrategy(Strategy):
         except TooFewSites as error:
             raise RoundError(f"{error} Finished rounds are safe: {_RESUME}.") from error
         self._asked = {members[name]: name for name in names}
+        self._present = len(members)
         return self._messages(MessageType.TRAIN, server_round, arrays, config)
 
     def configure_evaluate(
@@ -184,7 +187,7 @@ class ComposedStrategy(Strategy):
             self._require_quorum(server_round, len(weights), outcomes)
             received = time.monotonic()
             cohort = Cohort.of(self._layout, self._base_D, spool, weights)
-            delta = self._run_chain(server_round, cohort)
+            delta = damped(self._run_chain(server_round, cohort), len(weights) / self._present)
             gap = product_gap(cohort, self._settings.rule)
         folded_down = nbytes(self.fold) * len(self._asked)
         self.fold = accumulated(self.fold, delta.fold)

@@ -14,7 +14,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from models.layout import Layout
+from models.layout import CONTROL, Layout
 
 _A, _B = ("lora_A", "lora_embedding_A"), ("lora_B", "lora_embedding_B")
 
@@ -66,6 +66,8 @@ def structure(layout: Layout) -> Structure:
 
 
 def _pair(name: str, starts: dict[str, tuple[int, tuple[int, ...]]]) -> Pair | None:
+    if name.startswith(CONTROL):
+        return None  # gradients of factors, whose product means nothing
     parts = name.split(".")
     kind = next((i for i, part in enumerate(parts) if part in _A), None)
     if kind is None:
