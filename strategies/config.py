@@ -22,6 +22,9 @@ class StrategyConfig(Section):
     num_byzantine: int = Field(
         1, ge=0, description="Sites that may lie, f, which robust rules are told."
     )
+    screen_threshold: float = Field(
+        5.0, gt=0, description="Robust z-score of a module beyond which `module-screen` acts."
+    )
     num_selected: int = Field(
         0, ge=0, description="Updates that `multi-krum` keeps; 0 keeps all but `num-byzantine`."
     )

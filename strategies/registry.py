@@ -28,6 +28,7 @@ from strategies import (
 from strategies.bulyan import bulyan
 from strategies.centered_clipping import centered_clipping
 from strategies.config import StrategyConfig
+from strategies.screening import module_screen
 from strategies.stage import Post, Pre, Rule, chain
 
 S = TypeVar("S")
@@ -47,6 +48,7 @@ WEIGHERS: Mapping[str, Factory[Pre]] = MappingProxyType(
 PRE: Mapping[str, Factory[Pre]] = MappingProxyType(
     {
         "clip": rules.clip,
+        "module-screen": module_screen,
         "nnm": preaggregation.nnm,
         "bucketing": preaggregation.bucketing,
         **WEIGHERS,
