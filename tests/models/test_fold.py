@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from models import fold
 from models.layout import LayoutError
 from models.payload import Payload
+from models.train import autocast
 from strategies import aggregate
 from tests.models.conftest import Attach
 
@@ -181,3 +182,14 @@ def test_the_saved_adapter_is_the_whole_global_model(
     loaded = PeftModel.from_pretrained(fresh, tmp_path)
     wanted = logits(payload.module)
     assert far(logits(loaded), wanted) <= 1e-5 * max(1.0, float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize(("dtype", "precision"), [("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_low_precision_computes_the_fold_too(attached: Attach, dtype: str, precision: str) -> None:
+    found = []
+    for kept, computed in ((dtype, precision), ("float32", "float32")):
+        _, payload = attached("lora", rank=2, dtype=kept)
+        fold.load(payload, aggregated(payload, "lora-exact"))
+        with autocast(computed, payload.device):
+            found.append(logits(payload.module).float())
+    assert 0 < far(*found) < 0.1 * float(found[1].abs().max())
