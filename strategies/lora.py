@@ -94,7 +94,7 @@ def lora_freeze_a() -> Rule:
         check_layout("lora-freeze-a", cohort.layout)
         return _held(_averaged(cohort), "A")
 
-    return Stage("lora-freeze-a", Cohort, Delta, pure(apply))
+    return Stage("lora-freeze-a", Cohort, Delta, pure(apply), proves=mean().proves)
 
 
 def lora_alternate() -> Rule:
@@ -112,7 +112,7 @@ def lora_alternate() -> Rule:
         rounds = state["rounds"] + 1
         return _held(_averaged(cohort), frozen_factor(int(rounds))), {"rounds": rounds}
 
-    return Stage("lora-alternate", Cohort, Delta, apply, init)
+    return Stage("lora-alternate", Cohort, Delta, apply, init, mean().proves)
 
 
 def lora_share_a() -> Rule:
