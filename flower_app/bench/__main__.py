@@ -1,4 +1,4 @@
-"""Command line of the benchmarks: `python -m flower_app.bench simulation | packing | memory`."""
+"""Command line of the benchmarks: `python -m flower_app.bench simulation | packing | ...`."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from flower_app.bench import memory, packing, simulation
+from flower_app.bench import aggregation, memory, packing, simulation
 from flower_app.bench.output import Outcome, machine
 
 BENCHMARKS: Mapping[str, Callable[[bool], Outcome]] = {
     "simulation": simulation.measure,
     "packing": packing.measure,
     "memory": memory.measure,
+    "aggregation": aggregation.measure,
 }
 
 

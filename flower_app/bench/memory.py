@@ -97,11 +97,11 @@ def aggregate(sites: int, size: int) -> Peak:
         arrays = to_record({name: torch.zeros(side) for name in layout.names})
         no_grid = cast(Grid, None)  # only handed on to `members`
         asked = list(strategy.configure_train(1, arrays, ConfigRecord(), no_grid))
-        _forget_peak()
-        before, started = _peak_bytes(), time.perf_counter()
+        forget_peak()
+        before, started = peak_bytes(), time.perf_counter()
         strategy.aggregate_train(1, _replies(asked, layout))
         seconds = time.perf_counter() - started
-    return Peak(sites, listener.admitted, before, _peak_bytes(), seconds)
+    return Peak(sites, listener.admitted, before, peak_bytes(), seconds)
 
 
 def _replies(asked: Sequence[Message], layout: Layout) -> Iterator[Message]:
@@ -113,13 +113,13 @@ def _replies(asked: Sequence[Message], layout: Layout) -> Iterator[Message]:
         yield Message(RecordDict({"arrays": to_record(update), "report": report}), reply_to=message)
 
 
-def _forget_peak() -> None:
+def forget_peak() -> None:
     """Let the peak start again from the memory in use now, where the system can (Linux)."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def _peak_bytes() -> int:
+def peak_bytes() -> int:
     """Most resident memory of this process since its peak was last forgotten."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
