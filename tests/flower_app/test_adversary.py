@@ -121,7 +121,8 @@ def test_of_a_duplicate_the_first_counts(rule: str, tmp_path: Path) -> None:
     everyone = (*HONEST, *BAD)
     got, log = run(tmp_path, everyone, "duplicate", rule=rule)
     assert got == run(tmp_path, everyone, rule=rule)[0]
-    assert got != run(tmp_path, HONEST, rule=rule)[0]
+    # The sites' own good updates count; krum may choose another one all the same.
+    assert rule == "krum" or got != run(tmp_path, HONEST, rule=rule)[0]
     assert by_site(log)[BAD[0]].reason.startswith("duplicate: ")
 
 

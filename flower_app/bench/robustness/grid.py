@@ -53,7 +53,10 @@ _QUICK_RULES = ("mean", "median", "geometric-median")
 
 
 def cells(quick: bool) -> list[Cell]:
-    """All cells, in the order in which they are run: a part of them is a smaller grid."""
+    """All cells, in the order in which they are run: a part of them is a smaller grid.
+
+    First the share of attackers that has targets, then the others, seed by seed.
+    """
     attacks = _QUICK_ATTACKS if quick else tuple(ATTACKS)
     axes = (
         FRACTIONS[:1] if quick else FRACTIONS,
@@ -63,10 +66,11 @@ def cells(quick: bool) -> list[Cell]:
         _QUICK_RULES if quick else RULES,
         PRE,
     )
-    return [
+    found = [
         Cell(attack, ATTACKS[attack], fraction, rule, pre, partition, seed)
         for fraction, seed, partition, attack, rule, pre in itertools.product(*axes)
     ]
+    return sorted(found, key=lambda cell: (cell.fraction != FRACTIONS[0], cell.seed))
 
 
 def finished(file: Path, schedule: Schedule) -> dict[str, dict[str, Any]]:

@@ -90,7 +90,9 @@ def _at(
 
 def _amount(table: Table) -> str:
     cells = sum(entry.seeds for entry in table.entries)
-    seeds = max(entry.seeds for entry in table.entries)
+    few = min(entry.seeds for entry in table.entries)
+    most = max(entry.seeds for entry in table.entries)
+    seeds = f"{most}" if few == most else f"{few} to {most}"
     fractions = ", ".join(f"{100 * f:.0f}" for f in sorted(table.values("fraction")))
     attacks = len(table.values("attack")) - 1
     refused = sum(entry.seeds for entry in table.entries if entry.refused)

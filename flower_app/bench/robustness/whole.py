@@ -24,14 +24,14 @@ _SETTINGS: Mapping[str, bool | int | float | str] = {
 _MEAN: Mapping[str, str] = {}
 _BEST: Mapping[str, str] = {"strategy.rule": "geometric-median", "strategy.pre": "nnm"}
 RUNS: Mapping[str, tuple[str, Mapping[str, str]]] = {
-    "none, mean": ("none", _MEAN),
-    "none, defended": ("none", _BEST),
-    "sign-flip, mean": ("sign-flip", _MEAN),
-    "sign-flip, defended": ("sign-flip", _BEST),
     "scaling, mean": ("scaling", _MEAN),
+    "none, mean": ("none", _MEAN),
     "scaling, defended": ("scaling", _BEST),
+    "none, defended": ("none", _BEST),
     "backdoor, mean": ("backdoor", _MEAN),
     "backdoor, defended": ("backdoor", _BEST),
+    "sign-flip, mean": ("sign-flip", _MEAN),
+    "sign-flip, defended": ("sign-flip", _BEST),
 }
 
 
