@@ -12,6 +12,8 @@ import pytest
 import torch
 from flwr.app import Message
 
+from flower_app.config import parse
+from flower_app.node import parse_node
 from flower_app.recorder import read_score
 from flower_app.roster import Roster
 from flower_app.worker import Worker
@@ -36,6 +38,11 @@ def refused(nodes: Nodes, node: Mapping[str, Any], **keys: Any) -> str:
     else:
         assert told == error
     return error
+
+
+def notes(nodes: Nodes, node: Mapping[str, Any], **keys: Any) -> str:
+    """What the site's own log says of its rows: how many were cut or dropped."""
+    return Worker().site(parse(nodes.flat(**keys)), parse_node(node)).notes
 
 
 def test_a_missing_data_path(nodes: Nodes) -> None:
@@ -157,7 +164,7 @@ def test_unknown_names_are_explained_with_the_choices(nodes: Nodes) -> None:
 
 def test_unknown_node_config_keys(nodes: Nodes) -> None:
     error = refused(nodes, nodes.deployed("north", data_pth="/x"))
-    assert re.match(r"Expected a node config of .*data-path.*model-path, but data-pth: ", error)
+    assert re.match(r"Expected a node config of .*data-path.*model-path.*, but data-pth: ", error)
 
 
 @pytest.mark.parametrize("missing", ["site", "data-path"])
@@ -226,7 +233,9 @@ def test_rows_longer_than_the_context_are_cut_and_counted(nodes: Nodes) -> None:
     node = nodes.deployed("north", data_path=path)
     member = nodes.member(node, **INSTRUCT)
     assert member["rows"] == 3
-    assert member["notes"].startswith("2 rows cut to train.max-length, 0 without a label left")
+    assert notes(nodes, node, **INSTRUCT).startswith(
+        "2 rows cut to train.max-length, 0 without a label left"
+    )
     _, report = nodes.train(node, **INSTRUCT)
     assert math.isfinite(report["train_loss"])
 
@@ -237,7 +246,7 @@ def test_long_documents_are_cut_into_pieces_of_which_nothing_is_lost(nodes: Node
     keys: dict[str, Any] = {"data__eval_fraction": 0.0, "train__steps": 0, "train__epochs": 1.0}
     _, short = nodes.train(node, **keys, train__max_length=16)
     _, long = nodes.train(node, **keys, train__max_length=64)
-    assert nodes.member(node, **keys, train__max_length=16)["notes"].startswith("0 rows cut")
+    assert notes(nodes, node, **keys, train__max_length=16).startswith("0 rows cut")
     pieces = {n: r["useful_tokens"] for n, r in (("short", short), ("long", long))}
     assert pieces["short"] > pieces["long"] > 200  # each further piece repeats one token
     assert short["steps"] > long["steps"] >= 1
@@ -247,7 +256,7 @@ def test_rows_without_an_answer_are_dropped_and_counted(nodes: Nodes) -> None:
     rows = [{"instruction": "the cat", "output": ""}, {"instruction": "the dog", "output": "ran"}]
     path = write_rows(nodes.folder / "blank.jsonl", rows)
     node = nodes.deployed("north", data_path=path)
-    assert "1 without a label left" in nodes.member(node, **INSTRUCT)["notes"]
+    assert "1 without a label left" in notes(nodes, node, **INSTRUCT)
     path = write_rows(nodes.folder / "none.jsonl", rows[:1])
     error = refused(nodes, nodes.deployed("north", data_path=path), **INSTRUCT)
     assert re.match(r"Expected at least one example to train on, got none; check", error)
@@ -262,7 +271,7 @@ def test_choices_whose_prompt_does_not_fit_are_cut(nodes: Nodes) -> None:
     node = nodes.deployed("north", data_path=path)
     keys: dict[str, Any] = {"data__format": "choice", "train__max_length": 16}
     member = nodes.member(node, **keys)
-    assert int(member["notes"].split()[0]) > 0
+    assert int(notes(nodes, node, **keys).split()[0]) > 0
     _, report = nodes.train(node, **keys)
     after = read_score("after", report)
     assert after.rows == member["held-out"] > 0
