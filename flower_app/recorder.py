@@ -55,6 +55,11 @@ class Recorder:
         self._facts = facts
         self._metric = metric(config)
         self._evaluated = {row["round"] for row in folder.rows() if row["kind"] == "evaluation"}
+        self.counted = {  # site -> the last round in which its reply counted
+            row["site"]: row["round"]
+            for row in folder.rows()
+            if row["kind"] == "site" and row["status"] == "ok"
+        }
         self._events = _tensorboard(folder) if config.run.tensorboard else None
 
     def refused(self, reasons: Mapping[str, str]) -> None:
@@ -77,6 +82,7 @@ class Recorder:
             outcome.round - 1,
             [site for site in good if read_score("before", site.report).counted],
         )
+        self.counted |= {site.site: outcome.round for site in good}
         for site in outcome.sites:
             self._folder.log(self._site_row(outcome.round, site))
             if site.status != "ok":

@@ -180,7 +180,8 @@ def _strategy(
         seed=config.run.seed,
         quorum=config.run.quorum,
         members=roster.present,
-        plan=lambda round_: plan,
+        # A round that did not count is none for the site either: it goes on from before it.
+        plan=lambda round_, site: plan and {**plan, "counted": recorder.counted.get(site, 0)},
         spool=_spool(folder),
         listener=recorder,
         trusted=RootTrainer(config, base, payload).update if config.strategy.trusts else None,

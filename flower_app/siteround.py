@@ -23,7 +23,8 @@ from strategies.messages import Scalar
 class SiteRound:
     """Loads and trains a payload together with what stays at the site.
 
-    `done` counts the finished rounds: the state of that moment is what the site goes on from.
+    `done` counts the finished rounds. The site goes on from its state of that moment, or of the
+    last round that counted at the server, if that was earlier.
     Raises LayoutError when the server's payload is not laid out as the site's.
     """
 
@@ -53,7 +54,8 @@ class SiteRound:
         self._steps = 0
         self._done = done
         self._state = site_state(node, plan, site.name) if compose.keeps(config) else None
-        self._kept: Groups = self._state.after(done) if self._state else {}
+        counted = min(done, int(plan.get("counted", done)))
+        self._kept: Groups = self._state.after(counted) if self._state else {}
         self._keeps: Groups = {}
         self._load()
 

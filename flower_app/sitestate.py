@@ -33,6 +33,7 @@ class SiteState:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._base: int | None = None  # the round that the site goes on from, once that is known
 
     def after(self, round_: int) -> Groups:
         """The newest state that is not later than round `round_`; empty if the site had none yet.
@@ -41,6 +42,7 @@ class SiteState:
         has gone on. Raises StateError for a file that cannot be read, and where the state of that
         time is gone.
         """
+        self._base = round_
         rounds = self._rounds()
         if past := [kept for kept in rounds if kept <= round_]:
             return self._read(past[-1])
@@ -53,11 +55,14 @@ class SiteState:
         return {}
 
     def save(self, round_: int, groups: Groups) -> None:
-        """Keep the state after round `round_`; on failure the files before it stay as they are.
+        """Keep the state after round `round_`, which began with that of `after`; drop all others.
+
+        Those before it stay, up to three in all; on failure everything stays as it was.
 
         Raises StateError, for instance when the disk is full.
         """
-        earlier = [kept for kept in self._rounds() if kept < round_]
+        base = round_ - 1 if self._base is None else self._base
+        earlier = [kept for kept in self._rounds() if kept < round_ and kept <= base]
         first = self._first(earlier[0]) if earlier else round_
         tensors = {f"{g}/{n}": t.contiguous() for g, own in groups.items() for n, t in own.items()}
         try:

@@ -91,7 +91,7 @@ class ComposedStrategy(Strategy):
         seed: int,
         quorum: float,
         members: Callable[[Grid], Mapping[str, int]],
-        plan: Callable[[int], Mapping[str, Scalar]],
+        plan: Callable[[int, str], Mapping[str, Scalar]],
         spool: Path,
         listener: Listener,
         tamper: Tamper = lambda round_, asked, base_D, replies: replies,
@@ -159,15 +159,19 @@ class ComposedStrategy(Strategy):
     def _messages(
         self, kind: str, round_: int, arrays: ArrayRecord, config: ConfigRecord
     ) -> list[Message]:
-        plan = ConfigRecord({**config, **self._plan(round_), "round": round_})
-        plan["layout"] = self._layout.digest
-        content = RecordDict({"arrays": arrays, "plan": plan})
+        records: dict[str, ArrayRecord] = {"arrays": arrays}
         if self.fold:
-            content["fold"] = to_record(self.fold)
-        return [
-            Message(content, node_id, kind, group_id=str(round_))
-            for node_id in sorted(self._asked, key=self._asked.__getitem__)
-        ]
+            records["fold"] = to_record(self.fold)
+        common = {**config, "round": round_, "layout": self._layout.digest}
+
+        def message(node_id: int, site: str) -> Message:
+            plan = ConfigRecord({**self._plan(round_, site), **common})
+            return Message(
+                RecordDict({**records, "plan": plan}), node_id, kind, group_id=str(round_)
+            )
+
+        asked = sorted(self._asked.items(), key=lambda entry: entry[1])
+        return [message(node_id, site) for node_id, site in asked]
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]

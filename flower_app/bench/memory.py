@@ -90,7 +90,7 @@ def aggregate(sites: int, size: int) -> Peak:
             seed=0,
             quorum=1.0,
             members=lambda grid: members,
-            plan=lambda round_: {},
+            plan=lambda round_, site: {},
             spool=Path(folder),
             listener=listener,
         )

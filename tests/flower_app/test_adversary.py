@@ -84,7 +84,7 @@ def run(
     strategy = ComposedStrategy(
         config, registry.build(config), LAYOUT, seed=3, quorum=0.5,
         members=lambda grid: {name: NODES[name] for name in names},
-        plan=lambda round_: {}, spool=folder / "spool", listener=log,
+        plan=lambda round_, site: {}, spool=folder / "spool", listener=log,
         tamper=adversary.tamper,
         trusted=lambda round_, received, folded: {n: -0.3 * t for n, t in received.items()},
     )  # fmt: skip

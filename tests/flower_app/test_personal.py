@@ -135,7 +135,7 @@ def test_a_deployed_site_hears_of_no_folder_of_the_server(nodes: Nodes) -> None:
     for question in grid.questions:
         if question.metadata.message_type != "query":
             plan = dict(question.content.config_records["plan"])
-            assert plan.keys() == {"round", "layout", "run"}
+            assert plan.keys() == {"round", "layout", "run", "counted"}
             assert plan["run"] == folder.name
     kept = nodes.folder / "runs-state" / folder.name
     assert sorted(site.name for site in kept.iterdir()) == sorted(NAMES)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from flwr.app import Message
 from safetensors.torch import load_file
 
 from flower_app import run as server
 from models.section import ConfigError
 from strategies.flower import RoundError
-from tests.fakes import FakeGrid
+from tests.fakes import Answer, FakeGrid
 from tests.flower_app.nodes import NAMES, Nodes
 from tests.flower_app.runs import Killed, bytes_below, deploy, killed_in, rows, simulate
 
@@ -38,6 +40,11 @@ def test_the_server_s_control_variate_is_the_mean_of_the_sites(
     nodes: Nodes, fraction: float
 ) -> None:
     folder, _ = simulate(nodes, "runs", SCAFFOLD, strategy__fraction=fraction, run__rounds=4)
+    assert_mean(folder)
+
+
+def assert_mean(folder: Path) -> None:
+    """The checkpoint's c is the mean of what the sites keep."""
     server_side = newest(folder / "checkpoint")
     states = [newest(folder / "sites" / name) for name in NAMES]
     moved = 0.0
@@ -47,6 +54,35 @@ def test_the_server_s_control_variate_is_the_mean_of_the_sites(
             torch.testing.assert_close(tensor, torch.stack(own).mean(0), rtol=1e-4, atol=1e-5)
             moved += float(tensor.abs().sum())
     assert moved > 0
+
+
+def test_a_round_that_did_not_count_is_none_for_the_site_either(
+    nodes: Nodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A quarantined reply must not leave the site's control variate ahead of the server's."""
+    make = nodes.grid
+
+    def spoiling(*configs: Any, **extra: Any) -> FakeGrid:
+        grid = make(*configs, **extra)
+        honest = grid.sites[2]
+
+        def north(question: Message) -> Iterable[Answer]:
+            for answer in honest(question):
+                if question.metadata.message_type == "train" and question.metadata.group_id == "2":
+                    assert answer.report
+                    answer.report["num-examples"] = -1
+                yield answer
+
+        grid.sites[2] = north
+        return grid
+
+    monkeypatch.setattr(nodes, "grid", spoiling)
+    folder, _ = simulate(nodes, "runs", SCAFFOLD, run__rounds=4)
+    status = [row["status"] for row in rows(folder, "site") if row["site"] == "north"]
+    assert status == ["ok", "quarantined", "ok", "ok"]
+    kept = sorted(path.stem for path in (folder / "sites" / "north").glob("round-*"))
+    assert kept == ["round-00001", "round-00003", "round-00004"]
+    assert_mean(folder)
 
 
 def test_control_variates_double_the_bytes_and_pass_the_gate(nodes: Nodes) -> None:

@@ -38,6 +38,17 @@ def test_a_round_done_again_takes_the_place_of_all_that_came_after(tmp_path: Pat
     assert [value_of(state, at) for at in (1, 2, 3)] == [1, 20, 20]
 
 
+def test_rounds_that_did_not_count_are_dropped_and_older_ones_kept(tmp_path: Path) -> None:
+    state = SiteState(tmp_path)
+    for round_ in (1, 2):
+        state.save(round_, groups(round_))
+    for round_ in range(3, 8):  # none of these counted: the site goes on from round 2
+        again = SiteState(tmp_path)
+        assert value_of(again, 2) == 2
+        again.save(round_, groups(round_))
+    assert [value_of(state, at) for at in (1, 2, 6, 7)] == [1, 2, 2, 7]
+
+
 def test_state_that_is_gone_is_an_error_and_no_new_start(tmp_path: Path) -> None:
     state = SiteState(tmp_path)
     for round_ in range(2, 9):

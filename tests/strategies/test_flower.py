@@ -111,7 +111,7 @@ class Bench:
             seed=3,
             quorum=quorum,
             members=lambda grid: {names[node]: node for node in grid.get_node_ids()},
-            plan=lambda round_: {"rounds": 9},
+            plan=lambda round_, site: {"for": site},
             spool=self.folder / "spool",
             listener=log,
         )
@@ -402,7 +402,7 @@ def test_a_quorum_that_is_met_exactly_is_enough(bench: Bench) -> None:
     strategy = ComposedStrategy(
         config, registry.build(config), LAYOUT, seed=0, quorum=0.28,
         members=lambda grid: {name: node for node, name in nodes.items()},
-        plan=lambda round_: {}, spool=bench.folder, listener=log,
+        plan=lambda round_, site: {}, spool=bench.folder, listener=log,
     )  # fmt: skip
     grid = FakeGrid(dict.fromkeys(nodes, silent) | good)
     strategy.start(grid, to_record(START), num_rounds=1, timeout=0.05)
@@ -510,7 +510,7 @@ def test_what_a_site_is_sent_is_enough_to_answer(bench: Bench) -> None:
     assert question.metadata.message_type == "train"
     assert question.metadata.dst_node_id == NODES["ann"]  # by name, not by node id
     plan = dict(question.content.config_records["plan"])
-    assert plan == {"round": 1, "rounds": 9, "layout": LAYOUT.digest}
+    assert plan == {"round": 1, "for": "ann", "layout": LAYOUT.digest}
     assert to_bytes(decode_all(question.content.array_records["arrays"])) == to_bytes(START)
     assert str(bench.folder) not in str(question.content)
 
