@@ -86,7 +86,9 @@ def test_lora_updates_are_judged_by_their_products(seed: int, scale: float) -> N
 def test_the_gauge_of_factors_changes_nothing(seed: int, k: float) -> None:
     cohort = lora_cohort(seed, 4)
     turned = lora_cohort(seed, 4, gauge=[1.0, -1.0, k, -k])
-    torch.testing.assert_close(gram(turned), gram(cohort), rtol=1e-4, atol=1e-4)
+    # The factors that are sent are float32: what is lost grows with k and with the updates.
+    largest = float(gram(cohort).diagonal().max())
+    torch.testing.assert_close(gram(turned), gram(cohort), rtol=0, atol=1e-4 * largest)
 
 
 def test_a_pure_change_of_gauge_is_no_update() -> None:
