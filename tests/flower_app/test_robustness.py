@@ -226,6 +226,9 @@ def test_a_table_is_the_mean_over_seeds_and_survives_its_file() -> None:
     assert [(d, a) for d, _, a in table.worst_case("iid", 0.2)] == [
         ("krum", "backdoor"), ("median", "ipm"), ("mean", "ipm"),
     ]  # fmt: skip
+    partly = Table.of([ln for ln in LINES if (ln["attack"], ln["rule"]) != ("ipm", "krum")])
+    assert "krum" not in [defence for defence, _, _ in partly.worst_case("iid", 0.2)]
+    assert Table.of(LINES).worst_case("iid", 0.3) == []
 
 
 def test_targets_are_judged_by_the_figures() -> None:
@@ -246,7 +249,14 @@ def test_targets_are_judged_by_the_figures() -> None:
 def test_the_page_says_what_the_figures_say() -> None:
     text = page.render(Table.of(LINES), [])
     assert "13 cells: 2 attacks and none, 4 defences" in text and "3 of them were refused" in text
-    assert "| ipm | 50.0 | krum | 79.0 | -2.0 |" in text
+    assert "| ipm | 50.0 | krum | 79.0 | -2.0 | – |" in text
+    alone = [*LINES, line("nan", "mean", 0.78)]
+    told = page.render(Table.of(alone), [])
+    assert "| ipm | 50.0 | krum | 79.0 | -2.0 | +1.0 |" in told
+    assert "reach 78.0 %, 3.0 points below the attack-free mean" in told
+    assert "one defence for all attacks, at most" not in told  # none has met them all
+    near = page.render(Table.of([*LINES, line("nan", "mean", 0.795)]), [])
+    assert "cannot be expected" in told and "cannot be expected" not in near
     assert "| krum | 79.5 | 79.0 | 78.5 | 78.5 |" in text
     assert "| bulyan | – | – | – | – |" in text and "- bulyan, 20 %: too few" in text
     assert "missed by 0.5 points" in text and "Not measured yet" in text

@@ -55,7 +55,8 @@ _QUICK_RULES = ("mean", "median", "geometric-median")
 def cells(quick: bool) -> list[Cell]:
     """All cells, in the order in which they are run: a part of them is a smaller grid.
 
-    First the share of attackers that has targets, then the others, seed by seed.
+    First the share of attackers that has targets, then the others, seed by seed, evenly lying
+    rows first.
     """
     attacks = _QUICK_ATTACKS if quick else tuple(ATTACKS)
     axes = (
@@ -70,7 +71,11 @@ def cells(quick: bool) -> list[Cell]:
         Cell(attack, ATTACKS[attack], fraction, rule, pre, partition, seed)
         for fraction, seed, partition, attack, rule, pre in itertools.product(*axes)
     ]
-    return sorted(found, key=lambda cell: (cell.fraction != FRACTIONS[0], cell.seed))
+
+    def later(cell: Cell) -> tuple[bool, int, int]:
+        return cell.fraction != FRACTIONS[0], cell.seed, PARTITIONS.index(cell.partition)
+
+    return sorted(found, key=later)
 
 
 def finished(file: Path, schedule: Schedule) -> dict[str, dict[str, Any]]:

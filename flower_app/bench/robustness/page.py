@@ -9,7 +9,7 @@ from typing import Any
 from flower_app.bench.results import ROOT
 from flower_app.bench.robustness.heatmap import heatmap
 from flower_app.bench.robustness.table import Entry, Table
-from flower_app.bench.robustness.verdicts import Verdict, verdicts
+from flower_app.bench.robustness.verdicts import GAP, Verdict, verdicts
 from flower_app.bench.robustness.words import HEAD, METHOD
 
 DOCS = ROOT / "docs"
@@ -39,6 +39,7 @@ def quick(table: Table) -> str:
 def render(table: Table, whole: Sequence[Mapping[str, Any]]) -> str:
     """The page; equal figures give equal pages."""
     parts = [HEAD, _amount(table), "## Targets", _targets(verdicts(table, AT))]
+    parts += [_missing_rows(table, partition) for partition in table.values("partition")]
     for partition in table.values("partition"):
         name = NAMES.get(partition, partition)
         parts += [
@@ -109,8 +110,26 @@ def _targets(found: Sequence[Verdict]) -> str:
     return _markdown(["Data", "Target", "Measured", ""], rows)
 
 
+def _missing_rows(table: Table, partition: str) -> str:
+    """What no defence can mend, where that alone is more than the target allows."""
+    clean, alone = _clean(table, partition), _alone(table, partition)
+    if alone is None or 100 * (clean - alone) <= GAP:
+        return ""
+    return (
+        f"{NAMES.get(partition, partition)}: the honest sites alone, without the malicious sites' "
+        f"rows, reach {_percent(alone)} %, {100 * (clean - alone):.1f} points below the "
+        "attack-free mean, which has them. A defence that sets liars aside cannot be expected to "
+        "do better, so that the targets are out of its reach here."
+    )
+
+
+def _alone(table: Table, partition: str) -> float | None:
+    """Accuracy of the mean over the honest sites: that of replies which the gate refuses."""
+    return table.accuracy(partition=partition, fraction=AT, attack="nan", rule="mean", pre="")
+
+
 def _attacks(table: Table, partition: str) -> str:
-    clean = _clean(table, partition)
+    clean, alone = _clean(table, partition), _alone(table, partition)
     rows = []
     for attack in table.values("attack"):
         chosen = {"partition": partition, "fraction": AT, "attack": attack}
@@ -119,13 +138,17 @@ def _attacks(table: Table, partition: str) -> str:
             continue
         rows.append(
             [attack, _percent(bare), best.defence, _percent(best.accuracy),
-             f"{100 * (best.accuracy - clean):+.1f}"]
+             f"{100 * (best.accuracy - clean):+.1f}",
+             "–" if alone is None else f"{100 * (best.accuracy - alone):+.1f}"]
         )  # fmt: skip
-    head = ["Attack", "mean", "best defence", "its accuracy", "against the attack-free mean"]
+    head = [
+        "Attack", "mean", "best defence", "its accuracy", "against the attack-free mean",
+        "against the honest alone",
+    ]  # fmt: skip
     return (
-        f"The attack-free mean reaches {_percent(clean)} %. With `nan` the gate sets the "
-        "malicious sites aside, so that its line is what the honest sites reach without the "
-        "others' rows.\n\n" + _markdown(head, rows)
+        f"The attack-free mean reaches {_percent(clean)} %, the mean of the honest sites alone "
+        f"{_percent(alone)} %: with `nan` the gate sets the malicious sites aside.\n\n"
+        + _markdown(head, rows)
     )
 
 

@@ -93,8 +93,9 @@ class Table:
     def worst_case(self, partition: str, fraction: float) -> list[tuple[str, float, str]]:
         """Defence, lowest accuracy over all attacks, and that attack; the best defence first.
 
-        A defence that refused is left out.
+        A defence that refused, or was not tried under all of them, is left out.
         """
+        attacks = set(self.values("attack")) - {"none"}
         found = []
         for defence in self.values("defence"):
             mine = [
@@ -102,7 +103,8 @@ class Table:
                 for e in self.where(partition=partition, fraction=fraction)
                 if e.defence == defence and e.attack != "none"
             ]
-            if mine and all(e.accuracy is not None for e in mine):
+            known = {e.attack for e in mine if e.accuracy is not None}
+            if known == attacks:
                 low = min(mine, key=lambda e: e.accuracy or 0.0)
                 found.append((defence, low.accuracy or 0.0, low.attack))
         return sorted(found, key=lambda item: -item[1])

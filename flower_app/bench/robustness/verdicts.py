@@ -31,8 +31,7 @@ def verdicts(table: Table, fraction: float) -> list[Verdict]:
         if clean is not None:
             found += [
                 _each_attack(table, partition, fraction, clean),
-                _one_for_all(table, partition, fraction, clean),
-                _without(table, partition, fraction, clean),
+                *_one_for_all(table, partition, fraction, clean),
                 *_backdoor(table, partition, fraction),
             ]
     return found
@@ -67,25 +66,33 @@ def _each_attack(table: Table, partition: str, fraction: float, clean: float) ->
     return judged(partition, target, got, gaps[worst], GAP, "points")
 
 
-def _one_for_all(table: Table, partition: str, fraction: float, clean: float) -> Verdict:
-    defence, low, attack = strongest(table, partition, fraction)
+def _one_for_all(table: Table, partition: str, fraction: float, clean: float) -> list[Verdict]:
+    """The defence with the best worst case, under attack and without; none while unknown."""
+    ranked = [item for item in table.worst_case(partition, fraction) if item[0] != "mean"]
+    if not ranked:
+        return []
+    defence, low, attack = ranked[0]
     gap = 100 * (clean - low)
-    got = f"{defence}: {gap:.1f} points at worst, under {attack}"
-    target = f"one defence for all attacks, at most {GAP:.0f} points below attack-free mean"
-    return judged(partition, target, got, gap, GAP, "points")
-
-
-def strongest(table: Table, partition: str, fraction: float) -> tuple[str, float, str]:
-    """The defence with the best worst case: its name, accuracy and the attack."""
-    return next(item for item in table.worst_case(partition, fraction) if item[0] != "mean")
-
-
-def _without(table: Table, partition: str, fraction: float, clean: float) -> Verdict:
-    defence, _, _ = strongest(table, partition, fraction)
     (entry,) = table.where(partition=partition, fraction=fraction, attack="none", defence=defence)
     lost = 100 * (clean - (entry.accuracy or 0.0))
-    target = f"that defence without attack, at most {LOSS:.0f} point lost"
-    return judged(partition, target, f"{defence}: {lost:+.1f} points lost", lost, LOSS, "points")
+    return [
+        judged(
+            partition,
+            f"one defence for all attacks, at most {GAP:.0f} points below attack-free mean",
+            f"{defence}: {gap:.1f} points at worst, under {attack}",
+            gap,
+            GAP,
+            "points",
+        ),
+        judged(
+            partition,
+            f"that defence without attack, at most {LOSS:.0f} point lost",
+            f"{defence}: {lost:+.1f} points lost",
+            lost,
+            LOSS,
+            "points",
+        ),
+    ]
 
 
 def _backdoor(table: Table, partition: str, fraction: float) -> list[Verdict]:
