@@ -58,7 +58,8 @@ class Cohort:
     are not stacked, so that a rule that needs one at a time stays within the memory of one.
     `weights_N` is float32 with sum 1. `clip` is an L2 bound that is proved to hold for each row.
     `lora_scale` is LoRA's alpha / rank, which weighs products of factors against other tensors;
-    `trusted_D` is the server's own update on data that it trusts, for rules that compare with it.
+    `trusted_D` is the server's own update on data that it trusts, for rules that compare with it;
+    `left_out` says of sites that a stage has left out why.
     """
 
     base_D: Tensor
@@ -69,6 +70,7 @@ class Cohort:
     clip: float | None = None
     lora_scale: float = 1.0
     trusted_D: Tensor | None = None
+    left_out: Mapping[str, str] = field(default_factory=dict)
     # What was computed of these rows once, by name. Another set of rows starts an empty one.
     memo: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
 
@@ -195,12 +197,14 @@ class Delta:
     """What is added to the base: `vector_D` of shape (D,), float32, laid out as `layout`.
 
     `fold` maps a LoRA module to the factors (left (O, K), right (K, I)) of what is added to its
-    frozen weight, in units of products, which is before LoRA's scale alpha / rank.
+    frozen weight, in units of products, which is before LoRA's scale alpha / rank. `left_out` maps
+    sites whose updates a stage has left out to the reason.
     """
 
     vector_D: Tensor
     layout: Layout
     fold: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
     def added_to(self, base_D: Tensor) -> dict[str, Tensor]:
         """The new payload: base (D,) plus this delta, as named tensors of the layout's dtype."""

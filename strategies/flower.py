@@ -193,6 +193,12 @@ class ComposedStrategy(Strategy):
             cohort = Cohort.of(self._layout, self._base_D, spool, weights)
             delta = damped(self._run_chain(server_round, cohort), len(weights) / self._present)
             gap = product_gap(cohort, self._settings.rule)
+        outcomes = tuple(
+            replace(o, status="screened", reason=delta.left_out[o.site])
+            if o.site in delta.left_out
+            else o
+            for o in outcomes
+        )
         folded_down = nbytes(self.fold) * len(self._asked)
         self.fold = accumulated(self.fold, delta.fold)
         self._base_D, self._done = self._base_D + delta.vector_D, server_round

@@ -25,7 +25,7 @@ class SiteOutcome:
     """What one asked site answered in a round; sizes in bytes of payload."""
 
     site: str
-    status: Literal["ok", "quarantined", "failed", "missing"]
+    status: Literal["ok", "quarantined", "screened", "failed", "missing"]
     reason: str
     report: Mapping[str, Scalar]
     bytes_down: int

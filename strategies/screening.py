@@ -5,7 +5,8 @@ Shape suffixes: N sites, M modules.
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Mapping
+from dataclasses import replace
 from math import prod
 from typing import Annotated
 
@@ -18,8 +19,6 @@ from strategies.cohort import Cohort, norm
 from strategies.conditions import NumByzantine, require
 from strategies.product import Pair, structure
 from strategies.stage import Pre, Stage, pure
-
-log = logging.getLogger(__name__)
 
 # Makes the median of absolute deviations an estimate of a normal distribution's deviation.
 _NORMAL = 1.4826
@@ -38,7 +37,7 @@ def module_screen(
     compared by the modified z-score of Iglewicz and Hoaglin 1993, (x - median) / (1.4826 MAD);
     the MAD counts as at least a tenth of the median. Only large norms count: a small update moves
     little. The f = `num_byzantine` worst sites beyond `screen_threshold` in any module are left
-    out, and named in the log with the module; weights of the others are scaled to sum to 1. Not
+    out, which the report says with the module; weights of the others are scaled to sum to 1. Not
     from a paper; breakdown point f / N against updates of any size, for N >= 2f+1, but none
     against those of an honest size. O(N D) time, for LoRA O(N R^2 (I + O)) a module, one row in
     memory. Raises CohortError for fewer sites.
@@ -53,23 +52,25 @@ def module_screen(
         modules, norms_NM = _norms(cohort)
         worst_N, where_N = _scores(norms_NM).max(dim=1)
         ranked = worst_N.sort(descending=True, stable=True).indices[:num_byzantine].tolist()
-        out = [index for index in ranked if worst_N[index] > screen_threshold]
-        for index in out:
-            log.warning(
-                "%s is left out: its update of %s is %.1f deviations larger than the median.",
-                cohort.names[index], modules[int(where_N[index])], float(worst_N[index]),
-            )  # fmt: skip
+        out = {
+            index: f"module-screen: its update of {modules[int(where_N[index])]} is "
+            f"{float(worst_N[index]):.1f} deviations larger than the median."
+            for index in ranked
+            if worst_N[index] > screen_threshold
+        }
         return _without(cohort, out) if out else cohort
 
     return Stage("module-screen", Cohort, Cohort, pure(apply), requires=requires)
 
 
-def _without(cohort: Cohort, out: list[int]) -> Cohort:
+def _without(cohort: Cohort, out: Mapping[int, str]) -> Cohort:
     kept = [index for index in range(len(cohort.names)) if index not in out]
     picks = torch.eye(len(cohort.names), dtype=torch.float64)[kept]
     weights = cohort.weights_N[kept].double()
     names = [cohort.names[index] for index in kept]
-    return cohort.mixed(picks, names, weights / weights.sum())
+    left_out = {cohort.names[index]: reason for index, reason in out.items()}
+    rest = cohort.mixed(picks, names, weights / weights.sum())
+    return replace(rest, left_out={**cohort.left_out, **left_out})
 
 
 def _scores(norms_NM: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ generator.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeAlias, TypeVar
 
 import torch
@@ -110,12 +110,14 @@ def chain(*stages: Pre | Rule | Post) -> Rule:
         parts = _split(state, [stage.name for stage in stages])
         flow: Cohort | Delta = value
         after: State = {}
+        left_out = dict(value.left_out)
         for stage in stages:
             # _check proved that each stage takes what the one before it gives.
             flow, own = stage.apply(parts[stage.name], flow, generator)  # type: ignore[arg-type]
             after |= {f"{stage.name}/{key}": tensor for key, tensor in own.items()}
+            left_out |= flow.left_out
         assert isinstance(flow, Delta)
-        return flow, after
+        return replace(flow, left_out=left_out), after
 
     def proves(facts: Facts) -> Facts:
         for stage in stages:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import hashlib
 import importlib
 import json
 import re
@@ -145,13 +147,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"Expected the data sets in {data}, found none; name them with --data.")
         return 2
     for name in options.study:
-        summaries = []
         for seed in options.seeds:
             started = time.monotonic()
-            summaries.append(run_study(STUDIES[name], data, seed))
+            summary = run_study(STUDIES[name], data, seed)
             print(f"{name}, seed {seed}: {time.monotonic() - started:.0f} s", flush=True)
-        _record(name, summaries)
-        _write_table(name, STUDIES[name], summaries)
+            # After every seed: a study takes long, and the next seed may never end.
+            _write_table(name, STUDIES[name], record(name, STUDIES[name], summary))
     return 0
 
 
@@ -221,14 +222,30 @@ def _spread(values: Sequence[float | None]) -> str:
     return f"{statistics.mean(numbers):.3f} ± {spread:.3f}"
 
 
-def _record(name: str, summaries: Sequence[Mapping[str, Any]]) -> None:
+def record(
+    name: str, study: Study, summary: Mapping[str, Any], path: Path = RAW
+) -> list[dict[str, Any]]:
+    """Keep the figures of a seed in `path`; returns those of all seeds with the same settings."""
     keep = (
         "seed", "metric", "sites", "rounds", "payload", "trainable_parameters", "zero_shot",
         "local", "federated", "central", "bytes_up_per_round", "bytes_down_per_round",
     )  # fmt: skip
-    everything = json.loads(RAW.read_text()) if RAW.is_file() else {}
-    everything[name] = [{key: summary[key] for key in keep} for summary in summaries]
-    RAW.write_text(json.dumps(everything, indent=1, ensure_ascii=False) + "\n")
+    new = {key: summary[key] for key in keep} | {"settings": settings(study)}
+    everything = json.loads(path.read_text()) if path.is_file() else {}
+    others = [
+        old
+        for old in everything.get(name, ())
+        if old.get("settings") == new["settings"] and old["seed"] != new["seed"]
+    ]
+    everything[name] = sorted([*others, new], key=lambda old: int(old["seed"]))
+    path.write_text(json.dumps(everything, indent=1, ensure_ascii=False) + "\n")
+    return list(everything[name])
+
+
+def settings(study: Study) -> str:
+    """Digest of everything that a study sets, so that figures of other settings do not mix."""
+    text = json.dumps(dataclasses.asdict(study), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _write_table(name: str, study: Study, summaries: Sequence[Mapping[str, Any]]) -> None:

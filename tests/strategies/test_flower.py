@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import math
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -585,3 +586,16 @@ def test_a_restored_run_knows_the_rounds_before(bench: Bench, rule: str) -> None
     forgetful.restore(1, registry.build(StrategyConfig(rule=rule)).init(LAYOUT.size))
     other = forgetful.start(federation(), to_record(kept.payload), num_rounds=3, timeout=20)
     assert to_bytes(decode_all(other.arrays)) != whole
+
+
+def test_a_screened_site_is_named_with_the_module_and_does_not_count(bench: Bench) -> None:
+    bad = sorted(NODES)[0]
+    name = LAYOUT.names[0]
+    loud = spoiling(bad, with_tensor(name, torch.full(LAYOUT.shapes[0], 100.0)))
+    options = {"pre": "module-screen", "num_byzantine": 1, "weighting": "uniform"}
+    got, log = bench.run(federation(**{bad: loud}), rounds=1, **options)
+    assert log.of(bad).status == "screened"
+    assert re.search(rf"module-screen: its update of {name} is [\d.]+ dev", log.of(bad).reason)
+    assert {s.status for s in log.rounds[0].sites if s.site != bad} == {"ok"}
+    others = [site for site in NODES if site != bad]
+    assert got == bench.run(federation(*others), rounds=1, weighting="uniform")[0]

@@ -1,0 +1,45 @@
+"""The studies on real data: what is kept of a seed, and what its table says."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from flower_app.bench.results import STUDIES, record, settings, table
+
+STUDY = STUDIES["sst2"]
+
+
+def summary(seed: int, accuracy: float) -> dict[str, Any]:
+    score = {"loss": 1.0, "accuracy": accuracy, "own_loss": 1.0, "own_accuracy": accuracy}
+    return {
+        "seed": seed, "metric": "accuracy", "sites": ["a", "b"], "rounds": 2, "payload": "lora",
+        "trainable_parameters": 10, "zero_shot": score, "local": score, "federated": score,
+        "central": {"loss": 0.5, "accuracy": accuracy}, "bytes_up_per_round": 80,
+        "bytes_down_per_round": 80, "wall_s": 3.0,
+    }  # fmt: skip
+
+
+def test_seeds_add_up_and_a_second_try_replaces_the_first(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    record("sst2", STUDY, summary(1, 0.9), path)
+    record("sst2", STUDY, summary(0, 0.6), path)
+    kept = record("sst2", STUDY, summary(1, 0.8), path)
+    assert [(row["seed"], row["federated"]["accuracy"]) for row in kept] == [(0, 0.6), (1, 0.8)]
+    assert json.loads(path.read_text()) == {"sst2": kept}
+    text = table(STUDY, kept)
+    assert "| Federated | 1.000 ± 0.000 | 0.700 ± 0.141 | 0.700 ± 0.141 |" in text
+    assert "2 seeds" in text and "0.500 ± 0.000 above pooled" in text
+
+
+def test_figures_of_other_settings_are_not_mixed_in(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    other = replace(STUDY, config={**STUDY.config, "run.rounds": 3})
+    assert settings(other) != settings(STUDY)
+    record("sst2", other, summary(0, 0.1), path)
+    record("alpaca", STUDIES["alpaca"], summary(0, 0.2), path)
+    kept = record("sst2", STUDY, summary(1, 0.8), path)
+    assert [row["seed"] for row in kept] == [1]
+    assert set(json.loads(path.read_text())) == {"alpaca", "sst2"}
