@@ -248,7 +248,10 @@ def test_targets_are_judged_by_the_figures() -> None:
 
 def test_the_page_says_what_the_figures_say() -> None:
     text = page.render(Table.of(LINES), [])
-    assert "13 cells: 2 attacks and none, 4 defences" in text and "3 of them were refused" in text
+    assert (
+        "13 of the grid's 5040 cells: 2 attacks and none, 4 defences" in text
+        and "3 of them were refused" in text
+    )
     assert "| ipm | 50.0 | krum | 79.0 | -2.0 | – |" in text
     alone = [*LINES, line("nan", "mean", 0.78)]
     told = page.render(Table.of(alone), [])
@@ -285,3 +288,15 @@ def test_runs_on_the_whole_model_are_valid(name: str, tmp_path: Path) -> None:
 def test_an_entry_names_its_defence() -> None:
     entry = Entry("iid", 0.2, "ipm", "krum", "nnm", 1, 0.5, 0.0, 0.1, 0.1, "")
     assert entry.defence == "nnm + krum" and replace(entry, pre="").defence == "krum"
+
+
+def test_the_page_in_the_docs_is_that_of_its_figures() -> None:
+    table = Table.read(page.FIGURES.read_text())
+    runs = json.loads(page.WHOLE.read_text())
+    assert page.PAGE.read_text() == page.render(table, runs)
+    assert len(table.values("attack")) - 1 >= 10 and len(table.values("rule")) >= 8
+    assert set(table.values("pre")) == {"", "nnm"}
+    assert page.AT in table.values("fraction")
+    for partition in table.values("partition"):
+        drawn = (page.DOCS / f"robustness-{partition}.svg").read_text()
+        assert drawn == page.drawn(table, partition)

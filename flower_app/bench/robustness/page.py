@@ -7,9 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from flower_app.bench.results import ROOT
+from flower_app.bench.robustness.grid import cells as cells_of
 from flower_app.bench.robustness.heatmap import heatmap
 from flower_app.bench.robustness.table import Entry, Table
 from flower_app.bench.robustness.verdicts import GAP, Verdict, verdicts
+from flower_app.bench.robustness.whole import RUNS
 from flower_app.bench.robustness.words import HEAD, METHOD
 
 DOCS = ROOT / "docs"
@@ -50,7 +52,7 @@ def render(table: Table, whole: Sequence[Mapping[str, Any]]) -> str:
             f"## {name}: every defence, 20 % attackers",
             "Accuracy in percent, mean over seeds, of every cell; the last column is the worst.",
             _defences(table, partition),
-            f"## {name}: 10, 20 and 30 % attackers",
+            f"## {name}: {_fractions_of(table)} % attackers",
             "Accuracy in percent under the worst attack for each defence, and which one it is.",
             _fractions(table, partition),
             f"## {name}: backdoors, 20 % attackers",
@@ -94,15 +96,19 @@ def _amount(table: Table) -> str:
     few = min(entry.seeds for entry in table.entries)
     most = max(entry.seeds for entry in table.entries)
     seeds = f"{most}" if few == most else f"{few} to {most}"
-    fractions = ", ".join(f"{100 * f:.0f}" for f in sorted(table.values("fraction")))
-    attacks = len(table.values("attack")) - 1
+    attacks, planned = len(table.values("attack")) - 1, len(cells_of(quick=False))
     refused = sum(entry.seeds for entry in table.entries if entry.refused)
+    lying = " and ".join(NAMES.get(name, name) for name in table.values("partition"))
     return (
-        f"{cells} cells: {attacks} attacks and none, {len(table.values('defence'))} defences (each "
-        f"rule alone and behind nearest-neighbour mixing), {fractions} % attackers, "
-        f"{' and '.join(NAMES.get(p, p) for p in table.values('partition'))}, {seeds} seeds; "
-        f"{refused} of them were refused by the rule."
+        f"{cells} of the grid's {planned} cells: {attacks} attacks and none, "
+        f"{len(table.values('defence'))} defences (each rule alone and behind nearest-neighbour "
+        f"mixing), {_fractions_of(table)} % attackers, {lying}, {seeds} seeds; {refused} of them "
+        "were refused by the rule."
     )
+
+
+def _fractions_of(table: Table) -> str:
+    return ", ".join(f"{100 * fraction:.0f}" for fraction in sorted(table.values("fraction")))
 
 
 def _targets(found: Sequence[Verdict]) -> str:
@@ -204,7 +210,8 @@ def _whole(runs: Sequence[Mapping[str, Any]]) -> str:
         for run in runs
     ]  # fmt: skip
     said = (
-        f"{len(runs)} runs of `flwr run`: LoRA on every linear layer of MiniLM, sst2, "
+        f"{len(runs)} of {len(RUNS)} runs of `flwr run`: LoRA on every linear layer of MiniLM, "
+        "sst2, "
         f"{runs[0]['sites']} sites, IID, {runs[0]['rounds']} rounds, 20 % attackers. "
         "The last column is the success of the backdoor's trigger, from the runs' own summaries."
     )

@@ -29,7 +29,7 @@ z = 1.5 and `min-max` pushes against the mean (`attack.direction = "unit"`); the
 their defaults. The backdoor marks half of a malicious site's rows with
 the trigger and the target class; `scaling` boosts the update of such a site.
 
-**Reading it.** A mean over three seeds of 872 held-out rows is uncertain by about one point. "Best
+**Reading it.** A mean over a few seeds of 872 held-out rows is uncertain by about one point. "Best
 defence" is chosen after the fact, from the same figures. Who runs a federation does not know the
 attack: the line "one defence for all attacks" is the one to go by.
 
