@@ -110,6 +110,11 @@ def _catalogue(
 ) -> str:
     entries = [f"## {title}\n\nPicked with `strategy.{key}`.\n"]
     for name, factory in factories.items():
+        if factories is registry.PRE and name in registry.RULES:
+            entries.append(
+                f"### {name}\n\nAs the rule of that name, whose weights go to the rule after it.\n"
+            )
+            continue
         options = [
             f"`strategy.{prefix}{option.replace('_', '-')}`"
             for option in inspect.signature(factory).parameters
