@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from flwr.cli.build import build_fab_from_disk
 
+from flower_app.config import sections
+
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("flower_app", "models", "privacy", "strategies")
 # Made by Flower itself, or needed to read the bundle.
@@ -66,7 +68,7 @@ def test_bundle_declares_the_components(bundle: bytes) -> None:
     assert app["components"] == {
         "serverapp": "flower_app.server_app:app", "clientapp": "flower_app.client_app:app",
     }  # fmt: skip
-    assert set(app["config"]) == {"run", "model", "payload", "data", "train", "strategy"}
+    assert set(app["config"]) == set(sections())
 
 
 _IMPORT = """
