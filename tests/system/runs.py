@@ -32,13 +32,13 @@ def run_app(home: Path, config: Mapping[str, Value], *, sites: int = 0) -> subpr
     )  # fmt: skip
 
 
-def finish(process: subprocess.Popen[str], timeout: float = 240) -> str:
+def finish(process: subprocess.Popen[str], timeout: float = 900) -> str:
     """Wait for a run and give its output."""
     output, _ = process.communicate(timeout=timeout)
     return output
 
 
-def wait_for(what: Callable[[], bool], timeout: float = 120) -> None:
+def wait_for(what: Callable[[], bool], timeout: float = 600) -> None:
     """Poll until `what` holds; fails the test when it does not in time."""
     deadline = time.monotonic() + timeout
     while not what():

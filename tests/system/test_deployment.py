@@ -28,7 +28,7 @@ def test_deployed_sites_train_the_same_bytes_as_simulated_ones(
     own = {"data.source": "embedded", "data.partition": "own", "strategy.min-sites": 3}
     home = tmp_path / "flower"
     with superlink(home, simulation=False) as port, supernodes(home, port, nodes):
-        output = finish(run_app(home, config | own | {"run.output-dir": str(deployed)}), 400)
+        output = finish(run_app(home, config | own | {"run.output-dir": str(deployed)}))
     summary = json.loads((deployed / "latest" / "summary.json").read_text())
     assert summary["mode"] == "deployment", output
     assert summary["sites"] == sorted(NAMES)
