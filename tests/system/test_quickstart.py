@@ -15,7 +15,7 @@ def test_quickstart_runs_the_embedded_default_and_generates(tmp_path: Path) -> N
     overrides = [f"run.output-dir={tmp_path}", "run.rounds=1", "train.steps=2"]
     quickstart = subprocess.run(
         [sys.executable, "-m", "flower_app.quickstart", *overrides],
-        cwd=ROOT, env=environment(tmp_path / "home"), capture_output=True, text=True, timeout=400,
+        cwd=ROOT, env=environment(tmp_path / "home"), capture_output=True, text=True, timeout=1200,
         check=False,
     )  # fmt: skip
     assert quickstart.returncode == 0, quickstart.stdout + quickstart.stderr
@@ -27,7 +27,7 @@ def test_quickstart_runs_the_embedded_default_and_generates(tmp_path: Path) -> N
     command = [sys.executable, "-m", "flower_app.generate", "--run", str(tmp_path / "latest")]
     text = subprocess.run(
         [*command, "--prompt", "Return a list of", "--max-new-tokens", "12"],
-        cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
+        cwd=ROOT, capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert text.returncode == 0, text.stderr
     assert text.stdout.startswith("Return a list of")
