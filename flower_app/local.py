@@ -27,6 +27,9 @@ QUIET = {
 }
 CONNECTION = "florilegium"
 
+# Seconds that a SuperLink has to start: it imports a lot, from a disk that may be slow.
+_START_S = 180
+
 
 def free_port() -> int:
     """A TCP port that is free on the loopback address now."""
@@ -165,7 +168,7 @@ def _toml(value: bool | int | float | str) -> str:
 
 
 def _await_health(port: int, child: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + _START_S
     while time.monotonic() < deadline and child.poll() is None:
         try:
             if httpx.get(f"http://127.0.0.1:{port}/health", timeout=1).is_success:
@@ -173,5 +176,6 @@ def _await_health(port: int, child: subprocess.Popen[bytes], log: Path) -> None:
         except httpx.HTTPError:
             time.sleep(0.2)
     raise RuntimeError(
-        f"Expected a SuperLink on port {port} within 60 s; its log ends:\n{log.read_text()[-2000:]}"
+        f"Expected a SuperLink on port {port} within {_START_S} s; its log ends:\n"
+        f"{log.read_text()[-2000:]}"
     )
