@@ -16,7 +16,7 @@ from torch import Tensor
 
 from models.layout import Layout
 from models.section import ConfigError
-from strategies.cohort import Cohort, CohortError, Delta
+from strategies.cohort import Cohort, CohortError, Delta, LazyRows
 from strategies.product import Pair, side, stacked, structure
 from strategies.rules import mean
 from strategies.stage import Rule, Stage, State, pure
@@ -49,7 +49,7 @@ def lora_exact() -> Rule:
     FedEx-LoRA (Singhal et al. 2025): the residual is mean(B A) - mean(B) mean(A). Here it has
     (N - 1) R columns of factors: with H an orthonormal basis of what is orthogonal to sqrt(w), it
     is sum_j b_j a_j for b_j = sum_i H_ji sqrt(w_i) B_i and a_j alike. Exact to the rounding of
-    float32. O(N^2 D) time, memory of N deltas.
+    float32. O(N^2 D) time, memory of one module of N deltas.
     """
 
     def apply(cohort: Cohort) -> Delta:
@@ -66,7 +66,7 @@ def lora_stack() -> Rule:
 
     FLoRA (Wang et al. 2024): sum over sites of w B A as N R columns of stacked factors.
     A is drawn again as PEFT draws it (uniform within 1 / sqrt(I)), B is zero; for embeddings, as
-    PEFT has it, A is zero and B normal. O(N D) time, memory of N deltas.
+    PEFT has it, A is zero and B normal. O(N D) time, memory of one module of N deltas.
     """
 
     def apply(state: State, cohort: Cohort, generator: torch.Generator) -> tuple[Delta, State]:
@@ -228,15 +228,17 @@ def _misfit(rule: str, got: str) -> ConfigError:
     )
 
 
-def _terms(cohort: Cohort) -> tuple[list[Tensor], Tensor]:
+def _terms(cohort: Cohort) -> tuple[Sequence[Tensor], Tensor]:
     """Updates (D,) and their shares, float64 with sum 1, of which the aggregate is the mean.
 
     Of a mixed cohort these are the sites' own updates: products are averaged, not mixed factors.
+    Rows that lie on disk stay there, so that only one module of all sites is in memory at a time.
     """
-    rows, shares_N = list(cohort.source.rows), cohort.coefficients_S
+    rows, shares_N = cohort.source.rows, cohort.coefficients_S
     rest = 1.0 - float(shares_N.sum())
     if rest > 1e-6:  # a mix that shortens leaves the rest with the payload as it was
-        rows.append(torch.zeros(cohort.layout.size))
+        own, still_D = rows, torch.zeros(cohort.layout.size)
+        rows = LazyRows(len(own) + 1, lambda i: own[i] if i < len(own) else still_D)
         shares_N = torch.cat([shares_N, torch.tensor([rest], dtype=torch.float64)])
     if bool((shares_N < 0).any()):
         raise CohortError(
