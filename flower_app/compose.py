@@ -43,6 +43,16 @@ def check_names(config: Config) -> None:
     poison.check(attack(config).poison, config.data)
     _check_factors(config)
     _check_ditto(config)
+    _check_privacy(config)
+
+
+def _check_privacy(config: Config) -> None:
+    """Refuse guarantees that this version cannot give."""
+    if config.privacy.on:
+        raise ConfigError(
+            f"Expected privacy.unit='none', got {config.privacy.unit!r}; this version trains "
+            "without differential privacy."
+        )
 
 
 def _check_factors(config: Config) -> None:

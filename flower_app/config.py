@@ -13,6 +13,7 @@ from pydantic_core import ErrorDetails
 from flower_app.data.config import DataConfig
 from models.config import ModelConfig, PayloadConfig, TrainConfig
 from models.section import ConfigError, Section, unknown
+from privacy.config import PrivacyConfig
 from strategies.attacks.config import AttackConfig
 from strategies.config import StrategyConfig
 
@@ -63,6 +64,7 @@ class Config(Section):
     data: DataConfig
     train: TrainConfig
     strategy: StrategyConfig
+    privacy: PrivacyConfig
     attack: AttackConfig
 
     def flat(self) -> dict[str, Value]:
@@ -152,7 +154,7 @@ def _explain(error: ErrorDetails) -> str:
 def _contradictions(config: Config) -> list[str]:
     """What is wrong with settings that are each right by themselves, one message each."""
     found: list[str] = []
-    for section in (config.payload, config.data, config.train, config.strategy):
+    for section in (config.payload, config.data, config.train, config.strategy, config.privacy):
         try:
             section.check()
         except ConfigError as error:

@@ -231,6 +231,10 @@ def configs(draw: st.DrawFn) -> dict[str, Value]:
         flat["strategy.server-optimizer"] = "none"
     if flat["strategy.server-optimizer"] == "none":
         flat["strategy.server-learning-rate"] = 1.0
+    private = flat["privacy.unit"] != "none"
+    flat["privacy.epsilon"], flat["privacy.noise-multiplier"] = (
+        (0.0, 1.1) if private else (0.0, 0.0)
+    )
     return flat
 
 
@@ -253,3 +257,23 @@ def test_every_missing_key_is_named(gone: set[str]) -> None:
         parse(flat)
     lines = str(error.value).split("\n")
     assert sorted(line.split()[1].rstrip(",") for line in lines) == sorted(gone)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"privacy.epsilon": 3.0}, "privacy.unit='none', got epsilon=3"),
+        ({"privacy.unit": "record"}, "exactly one of privacy.epsilon and"),
+        (
+            {
+                "privacy.unit": "client",
+                "privacy.epsilon": 3.0,
+                "privacy.noise-multiplier": 1.0,
+            },
+            "got epsilon=3 and noise-multiplier=1",
+        ),
+    ],
+)
+def test_privacy_wants_one_target(keys: dict[str, Value], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse(defaults() | keys)
