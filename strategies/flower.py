@@ -23,8 +23,8 @@ from strategies.cohort import Cohort, Delta, Spool, norm
 from strategies.config import StrategyConfig
 from strategies.control import damped
 from strategies.fold import accumulated, nbytes
+from strategies.gap import product_gap
 from strategies.gate import Gate, Refusal, Update
-from strategies.lora import product_gap
 from strategies.messages import Scalar, SiteOutcome, collect, decode_all, read_reply, to_record
 from strategies.sampling import TooFewSites, sample
 from strategies.stage import Rule, State

@@ -27,7 +27,6 @@ _EXACT = ("lora-exact", "lora-stack", "lora-alternate")
 _RANKED = ("lora-exact", "lora-stack", "lora-svd")
 _FOLDING = ("lora-exact", "lora-stack")
 _PAIRED = ("lora-mean", "lora-exact", "lora-stack", "lora-svd", "lora-alternate")
-_BLOCK = 256
 
 
 def lora_mean() -> Rule:
@@ -53,7 +52,7 @@ def lora_exact() -> Rule:
     """
 
     def apply(cohort: Cohort) -> Delta:
-        pairs, (rows, shares) = _pairs(cohort, "lora-exact"), _terms(cohort)
+        pairs, (rows, shares) = _pairs(cohort, "lora-exact"), terms(cohort)
         mix = _residual_mix(shares)
         fold = {pair.module: _residual(pair, rows, mix) for pair in pairs}
         return replace(_averaged(cohort), fold=fold)
@@ -70,7 +69,7 @@ def lora_stack() -> Rule:
     """
 
     def apply(state: State, cohort: Cohort, generator: torch.Generator) -> tuple[Delta, State]:
-        pairs, (rows, shares) = _pairs(cohort, "lora-stack"), _terms(cohort)
+        pairs, (rows, shares) = _pairs(cohort, "lora-stack"), terms(cohort)
         delta = _averaged(cohort)
         fold = {pair.module: _stack(pair, cohort.base_D, rows, shares) for pair in pairs}
         for pair in pairs:
@@ -185,20 +184,24 @@ def check_server_optimizer(rule: str, server_optimizer: str) -> None:
         )
 
 
-def product_gap(cohort: Cohort, rule: str = "") -> float | None:
-    """Relative error of averaging A and B apart; None for a layout without pairs.
+def terms(cohort: Cohort) -> tuple[Sequence[Tensor], Tensor]:
+    """Updates (D,) and their shares, float64 with sum 1, of which the aggregate is the mean.
 
-    ||mean(B A) - mean(B) mean(A)|| / ||mean(B A)||, Frobenius over all pairs, by Gram matrices of
-    the factors: O((N R)^2 (I + O)) per pair at most, and no product of shape (O, I).
+    Of a mixed cohort these are the sites' own updates: products are averaged, not mixed factors.
+    Rows that lie on disk stay there, so that only one module of all sites is in memory at a time.
     """
-    pairs = structure(cohort.layout).pairs
-    if not pairs:  # with a factor A that all have in common nothing is lost
-        return 0.0 if rule == "lora-freeze-a" else None
-    rows, shares = _terms(cohort)
-    mix = _residual_mix(shares)
-    gap = sum(_square(*_residual(pair, rows, mix)) for pair in pairs)
-    total = sum(_square(*_stack(pair, cohort.base_D, rows, shares)) for pair in pairs)
-    return math.sqrt(gap / total) if total > 0 else 0.0
+    rows, shares_N = cohort.source.rows, cohort.coefficients_S
+    rest = 1.0 - float(shares_N.sum())
+    if rest > 1e-6:  # a mix that shortens leaves the rest with the payload as it was
+        own, still_D = rows, torch.zeros(cohort.layout.size)
+        rows = LazyRows(len(own) + 1, lambda i: own[i] if i < len(own) else still_D)
+        shares_N = torch.cat([shares_N, torch.tensor([rest], dtype=torch.float64)])
+    if bool((shares_N < 0).any()):
+        raise CohortError(
+            "Expected averages of the sites' updates under a rule for LoRA, got a negative "
+            "coefficient; leave out the stage before it (strategy.pre)."
+        )
+    return rows, shares_N.div_(shares_N.sum())
 
 
 def _averaged(cohort: Cohort) -> Delta:
@@ -226,26 +229,6 @@ def _misfit(rule: str, got: str) -> ConfigError:
         f"Expected LoRA factors A and B in the payload with strategy.rule={rule!r}, got {got}; set "
         "payload.kind='lora' or strategy.rule='mean'."
     )
-
-
-def _terms(cohort: Cohort) -> tuple[Sequence[Tensor], Tensor]:
-    """Updates (D,) and their shares, float64 with sum 1, of which the aggregate is the mean.
-
-    Of a mixed cohort these are the sites' own updates: products are averaged, not mixed factors.
-    Rows that lie on disk stay there, so that only one module of all sites is in memory at a time.
-    """
-    rows, shares_N = cohort.source.rows, cohort.coefficients_S
-    rest = 1.0 - float(shares_N.sum())
-    if rest > 1e-6:  # a mix that shortens leaves the rest with the payload as it was
-        own, still_D = rows, torch.zeros(cohort.layout.size)
-        rows = LazyRows(len(own) + 1, lambda i: own[i] if i < len(own) else still_D)
-        shares_N = torch.cat([shares_N, torch.tensor([rest], dtype=torch.float64)])
-    if bool((shares_N < 0).any()):
-        raise CohortError(
-            "Expected averages of the sites' updates under a rule for LoRA, got a negative "
-            "coefficient; leave out the stage before it (strategy.pre)."
-        )
-    return rows, shares_N.div_(shares_N.sum())
 
 
 def _residual_mix(shares_N: Tensor) -> Tensor:
@@ -283,18 +266,3 @@ def _start(pair: Pair, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     # Kaiming's uniform start with a = sqrt(5), as linear layers have it.
     bound = 1.0 / math.sqrt(pair.fan_in)
     return a.uniform_(-bound, bound, generator=generator), b
-
-
-def _square(left: Tensor, right: Tensor) -> float:
-    """Squared Frobenius norm of left (O, K) @ right (K, I), in float64 and in blocks."""
-    left, right = left.double(), right.double()
-    columns = right.shape[0]
-    if columns * (left.shape[0] + right.shape[1]) > left.shape[0] * right.shape[1]:
-        # So many columns cost more than the product, which is made a few rows at a time.
-        parts = (float((rows @ right).square().sum()) for rows in left.split(_BLOCK))
-        return math.fsum(parts)
-    grams = (
-        float(((left[:, at : at + _BLOCK].T @ left) * (right[at : at + _BLOCK] @ right.T)).sum())
-        for at in range(0, columns, _BLOCK)
-    )
-    return max(math.fsum(grams), 0.0)

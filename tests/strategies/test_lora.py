@@ -15,7 +15,7 @@ from models.layout import Layout
 from models.section import ConfigError
 from strategies import aggregate, fold
 from strategies.cohort import Cohort, CohortError
-from strategies.lora import product_gap
+from strategies.gap import product_gap
 from strategies.registry import RULES, compose
 from strategies.stage import State
 
