@@ -108,6 +108,19 @@ def test_buckets_depend_on_the_seed_and_on_names_not_on_arrival(
     assert len(first) == -(-count // size)
 
 
+@pytest.mark.parametrize(("count", "size"), [(6, 2), (7, 3), (5, 1), (4, 4), (3, 9)])
+def test_bucketing_agrees_with_byzfl_on_the_same_draw(
+    count: int, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = rows_of("normal", count, count)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(5)).numpy()
+    # byzfl draws from numpy's global state, which cannot be told our order otherwise.
+    monkeypatch.setattr(np.random, "permutation", lambda vectors: vectors[order])
+    expected = oracle("Bucketing", rows, s=size)
+    ours = prepared(bucketing(bucket_size=size), plain(rows), seed=5).deltas_ND
+    np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_buckets_are_drawn_anew() -> None:
     rows = rows_of("normal", 0, 12)
     drawn = {

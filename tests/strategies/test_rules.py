@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,6 +16,7 @@ from strategies import mixing
 from strategies.cohort import Cohort, norm
 from strategies.rules import clip, mean
 from strategies.stage import Facts, Rule, chain
+from tests.strategies.byzfl_oracle import oracle
 
 SEEDS = st.integers(0, 2**31)
 SITES = st.integers(1, 7)
@@ -118,6 +120,15 @@ def test_clip_worked_by_hand() -> None:
     assert clipped.rows[0].tolist() == pytest.approx([0.6, 0.8])
     assert torch.equal(clipped.rows[1], cohort.rows[1])
     assert clipped.clip == 1.0 and cohort.clip is None
+
+
+@settings(max_examples=25, deadline=None)
+@given(SEEDS, SITES, st.floats(0.01, 100.0))
+def test_clip_agrees_with_byzfl(seed: int, count: int, bound: float) -> None:
+    cohort = make(*draw(seed, count))
+    clipped, _ = clip(clip_norm=bound).apply({}, cohort, torch.Generator())
+    expected = oracle("Clipping", cohort.deltas_ND, c=bound)
+    np.testing.assert_allclose(clipped.deltas_ND, expected, rtol=1e-5)
 
 
 @given(SEEDS, SITES, st.floats(1e-6, 1e3))
