@@ -6,16 +6,22 @@ from collections.abc import Mapping
 from logging import INFO, WARNING
 from typing import Any
 
+import torch
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 from torch import Tensor
 
+from flower_app import compose
 from flower_app.config import Config
 from flower_app.recorder import Recorder, read_score, score_fields
 from flower_app.roster import Member
 from flower_app.runfolder import RunFolder
+from flower_app.worker import train_round
+from models.batches import Batches
 from models.evaluate import Score
+from models.payload import Payload
+from strategies.cohort import Cohort
 from strategies.messages import Scalar, collect, config_of, to_record
 
 MESSAGE = "train.baseline"
@@ -43,6 +49,20 @@ def run_baselines(
     timeout = config.run.deadline_s * config.run.rounds
     for reply in collect(grid, messages, timeout):
         _log(recorder, folder, reply)
+
+
+def train_alone(config: Config, payload: Payload, batches: Batches, name: str, steps: int) -> None:
+    """Train the loaded payload as a federation of one: the same rounds, steps and optimisers."""
+    stage, layout = compose.alone(config), payload.layout
+    state, generator = stage.init(layout.size), torch.Generator()
+    base_D = layout.flatten(payload.select())
+    for round_ in range(1, config.run.rounds + 1):
+        train_round(config, payload, batches, name or "all sites", round_, steps)
+        change_D = layout.flatten(payload.select()) - base_D
+        cohort = Cohort.of(layout, base_D, {name: change_D})
+        delta, state = stage.apply(state, cohort, generator)
+        base_D = base_D + delta.vector_D
+        payload.load(layout.unflatten(base_D))
 
 
 def report(scores: Mapping[str, Score], own: str) -> dict[str, Scalar]:

@@ -23,7 +23,7 @@ from flower_app.node import NodeConfig, parse_node, versions
 from flower_app.recorder import score_fields
 from flower_app.siteround import SiteRound
 from flower_app.sitestate import require_state_path
-from flower_app.worker import Worker, pad_token, steps_per_round, train_round, worker_name
+from flower_app.worker import Worker, pad_token, steps_per_round, worker_name
 from models import fold
 from models.batches import BatchError
 from models.evaluate import Score
@@ -229,8 +229,7 @@ def on_baseline(message: Message, config: Config, node: NodeConfig) -> RecordDic
     alone = next((site for site in sites if site.name == name), None)
     batches = alone.batches if alone else _WORKER.pooled(config, node)
     steps = steps_per_round(config, [site.batches for site in sites])
-    for round_ in range(1, config.run.rounds + 1):
-        train_round(config, payload, batches, name or "all sites", round_, steps)
+    baselines.train_alone(config, payload, batches, name, steps)
     scores = {site.name: _WORKER.score(config, site, payload, pad_token(base)) for site in sites}
     fields = baselines.report(scores, alone.name if alone else "")
     return RecordDict({"report": ConfigRecord({**fields})})

@@ -97,6 +97,11 @@ def chain(config: Config) -> Rule:
     return registry.build(config.strategy)
 
 
+def alone(config: Config) -> Rule:
+    """What a federation of one site does with its updates: only the server optimiser is left."""
+    return registry.build(config.strategy.model_copy(update={"rule": "mean", "pre": ""}))
+
+
 def attack(config: Config) -> Attack:
     """What the malicious sites of a simulation do."""
     return attacks.pick(config.attack)

@@ -15,6 +15,7 @@ from flower_app import client_app
 from flower_app.recorder import read_score
 from models.base import digest_of
 from models.layout import Layout
+from strategies import aggregate
 from tests.flower_app.nodes import NAMES, Nodes, raw, site_rows, write_rows
 
 
@@ -182,6 +183,21 @@ def test_a_baseline_alone_is_training_without_the_others(nodes: Nodes) -> None:
         payload = {name: tensor + delta[name] for name, tensor in payload.items()}
     own = read_score("own", baseline(nodes, "north"))
     assert own.loss == pytest.approx(read_score("after", report).loss, rel=1e-4)
+
+
+def test_a_baseline_alone_uses_the_server_optimiser_as_well(nodes: Nodes) -> None:
+    keys: dict[str, Any] = {
+        "run__rounds": 1,
+        "strategy__server_optimizer": "adam",
+        "strategy__server_learning_rate": 0.05,
+    }
+    node, start = nodes.simulated(1), nodes.start(**keys)
+    delta, _ = nodes.train(node, 1, start, **keys)
+    new = aggregate("mean", start, [delta], server_optimizer="adam", server_learning_rate=0.05)
+    plan = {"round": 1, "layout": Layout.of(start).digest}
+    content = nodes.ask("evaluate", node, new, plan, **keys)
+    stepped = read_score("before", fields(content))
+    assert read_score("own", baseline(nodes, "north", **keys)).loss == pytest.approx(stepped.loss)
 
 
 def test_a_deployed_site_trains_no_baseline(nodes: Nodes) -> None:
