@@ -41,22 +41,35 @@ def epsilon(noise_multiplier: float, sample_rate: float, steps: int, delta: floa
 def spent(events: Iterable[Event], delta: float) -> float:
     """Epsilon that events of one unit spend together; raises ConfigError where units differ.
 
-    Parts of one split touch different records: the result is the largest over the parts. As soon
-    as the events name more than one split, a record may have been in every part, and all add up.
+    Parts of one known split touch different records: the result is the largest over the parts. As
+    soon as the events name more than one split, a record may have been in every part: all add up.
     """
     _check_delta(delta)
-    events = list(events)
+    groups = _together(list(events))
+    return max((_composed(group, delta) for group in groups), default=0.0)
+
+
+def within(events: Iterable[Event], delta: float, limit: float) -> bool:
+    """Whether `spent` is at most `limit`, without computing it where a rough bound settles that."""
+    _check_delta(delta)
+    return all(
+        _renyi(group, delta) <= limit or _composed(group, delta) <= limit
+        for group in _together(list(events))
+    )
+
+
+def _together(events: list[Event]) -> list[list[Event]]:
+    """The events that may touch one and the same record, for each kind of record."""
     if len({event.unit for event in events}) > 1:
         raise ConfigError(
             "Expected events of one unit to compose, got records and clients; use "
             "events.of_unit to see all of them as one."
         )
-    if len({(event.split, event.site) for event in events}) > 1:
-        return _composed(events, delta)
+    splits = {(event.split, event.site) for event in events}
     parts = {event.part for event in events}
-    return max(
-        (_composed([e for e in events if e.part == part], delta) for part in parts), default=0.0
-    )
+    if len(splits) > 1 or len(parts) < 2 or not next(iter(splits))[0]:
+        return [events] if events else []
+    return [[event for event in events if event.part == part] for part in sorted(parts)]
 
 
 def accountant(events: Iterable[Event]) -> str:
@@ -164,7 +177,7 @@ def _pld(events: Collection[Event], delta: float, grid: float) -> float:
 
 
 def _renyi(events: Collection[Event], delta: float) -> float:
-    """An upper bound within milliseconds."""
+    """An upper bound within milliseconds; infinite without noise."""
     from dp_accounting.rdp import RdpAccountant
 
     return float(_composing(RdpAccountant(_ORDERS), events, delta))

@@ -30,7 +30,8 @@ class Event:
     deviation of the noise over the L2 sensitivity; `sample_rate` the Poisson sampling of units
     (1.0: none), whose outcome nobody outside may learn; `xi` the extra Renyi divergence of a
     discrete mechanism. Releases about different `part`s of one `split` of the site's records touch
-    different records. `noise_at` says who adds the noise, and must be trusted to.
+    different records; an empty split promises nothing. `noise_at` says who adds the noise, and is
+    trusted to do so.
     """
 
     mechanism: Mechanism
