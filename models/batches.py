@@ -115,6 +115,21 @@ class Batches:
         """Batches per epoch."""
         return len(self._plan[1])
 
+    @property
+    def rows(self) -> int:
+        """Number of examples."""
+        return len(self._examples)
+
+    def of_rows(self, rows: Sequence[int], size: int | None = None) -> Iterator[Batch]:
+        """The examples of these indices once, in padded batches of like length, longest first.
+
+        Batches hold `size` examples, or `batch_size` where that is None.
+        """
+        size = size or self._batch_size
+        order = sorted(rows, key=lambda row: (-self._lengths[row], row))
+        for at in range(0, len(order), size):
+            yield _padded(self._examples, order[at : at + size], self._pad_id)
+
     def take(self, start: int, count: int) -> Iterator[Batch]:
         """Batches `start` to `start + count` of the stream."""
         for at in range(start, start + count):

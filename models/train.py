@@ -83,6 +83,54 @@ def train(
     TrainingError when the loss is not finite.
     """
     where = payload.device
+
+    def gradient() -> Step:
+        micro = [next(batches) for _ in range(config.grad_accumulation)]
+        counted = sum(batch.counted for batch in micro)
+        total = torch.zeros((), device=where)
+        for batch in micro:
+            with autocast(config.precision, where):
+                loss = payload.module(**on(batch.inputs, where)).loss
+            loss = loss * (batch.counted / counted)
+            loss.backward()
+            total += loss.detach()
+        return Step(total, sum(b.tokens for b in micro), sum(b.useful for b in micro))
+
+    trained = optimise(
+        payload, gradient, config, steps=steps, learning_rate=learning_rate, seed=seed,
+        progress=progress, correction=correction, max_grad_norm=config.max_grad_norm,
+    )  # fmt: skip
+    if not math.isfinite(trained.loss):
+        raise TrainingError(
+            f"Expected a finite training loss, got {trained.loss} within {steps} steps; lower "
+            "train.learning-rate or set train.max-grad-norm."
+        )
+    return trained
+
+
+@dataclass(frozen=True)
+class Step:
+    """A gradient was computed: its loss, and the tokens it took, with and without padding."""
+
+    loss: Tensor
+    tokens: int
+    useful: int
+
+
+def optimise(
+    payload: Payload,
+    gradient: Callable[[], Step],
+    config: TrainConfig,
+    *,
+    steps: int,
+    learning_rate: float,
+    seed: int,
+    progress: Progress | None = None,
+    correction: Correction | None = None,
+    max_grad_norm: float = 0.0,
+) -> Trained:
+    """Take `steps` optimiser steps, each on what `gradient` leaves in the parameters' `grad`."""
+    where = payload.device
     if correction is None:
         correction = Correction(config.prox_mu, payload.shared if config.prox_mu else {})
     correction = correction.on(where)
@@ -93,26 +141,15 @@ def train(
     payload.module.train()
     with seeded(seed):  # dropout
         for step in range(1, steps + 1):
-            micro = [next(batches) for _ in range(config.grad_accumulation)]
-            counted = sum(batch.counted for batch in micro)
-            for batch in micro:
-                with autocast(config.precision, where):
-                    loss = payload.module(**on(batch.inputs, where)).loss
-                loss = loss * (batch.counted / counted)
-                loss.backward()
-                loss_sum += loss.detach()
-                tokens, useful = tokens + batch.tokens, useful + batch.useful
-            _step(optimizer, payload.parameters, correction, config.max_grad_norm)
+            done = gradient()
+            loss_sum += done.loss
+            tokens, useful = tokens + done.tokens, useful + done.useful
+            _step(optimizer, payload.parameters, correction, max_grad_norm)
             now = time.perf_counter()
             if progress and (now - shown > _PROGRESS_EVERY_S or step == steps):
                 shown = now
                 progress(step, steps, float(loss_sum) / step, tokens / (now - started))
     mean = float(loss_sum) / max(steps, 1)
-    if not math.isfinite(mean):
-        raise TrainingError(
-            f"Expected a finite training loss, got {mean} within {steps} steps; lower "
-            "train.learning-rate or set train.max-grad-norm."
-        )
     return Trained(mean, steps, tokens, useful, time.perf_counter() - started)
 
 
