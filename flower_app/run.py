@@ -173,6 +173,7 @@ def _strategy(
 ) -> ComposedStrategy:
     layout = compose.travelling(config, payload)
     adversary = compose.adversary(config, layout, sites)
+    others: dict[str, Any] = {"tamper": adversary.tamper} if adversary else {}
     return ComposedStrategy(
         config.strategy,
         compose.chain(config),
@@ -186,7 +187,7 @@ def _strategy(
         listener=recorder,
         trusted=RootTrainer(config, base, payload).update if config.strategy.trusts else None,
         lora_scale=payload.lora_scale,
-        **({"tamper": adversary.tamper} if adversary else {}),
+        **others,
     )
 
 

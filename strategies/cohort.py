@@ -75,10 +75,8 @@ class Cohort:
     memo: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Sort by name; raises CohortError for an empty or inconsistent cohort."""
+        """Sort by name; raises CohortError for an inconsistent cohort."""
         count = len(self.names)
-        if count == 0:
-            raise CohortError("Expected at least one update, got none.")
         if len(set(self.names)) != count:
             raise CohortError(f"Expected distinct site names, got {sorted(self.names)}.")
         if len(self.rows) != count or tuple(self.weights_N.shape) != (count,):
@@ -110,6 +108,8 @@ class Cohort:
         Raises CohortError.
         """
         names = tuple(sorted(deltas))
+        if not names:
+            raise CohortError("Expected at least one update, got none.")
         for name in names:
             row = deltas[name]
             if tuple(row.shape) != (layout.size,) or row.dtype != torch.float32:
@@ -119,6 +119,11 @@ class Cohort:
                 )
         rows = LazyRows(len(names), lambda i: deltas[names[i]])
         return cls(base_D, rows, _shares(names, weights), names, layout)
+
+    @classmethod
+    def nobody(cls, layout: Layout, base_D: Tensor) -> Cohort:
+        """A round without updates, for rules with fixed weights, to which it is one of zeros."""
+        return cls(base_D, (), torch.zeros(0), (), layout)
 
     @cached_property
     def deltas_ND(self) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,7 +25,7 @@ from strategies.fold import accumulated, nbytes
 from strategies.gap import product_gap
 from strategies.gate import Gate, Refusal, Update
 from strategies.messages import Scalar, SiteOutcome, collect, decode_all, read_reply, to_record
-from strategies.sampling import TooFewSites, sample
+from strategies.sampling import Selection, TooFewSites, fixed_share
 from strategies.stage import Rule, State
 
 _RESUME = "run again with run.resume='latest'"
@@ -77,8 +76,9 @@ class ComposedStrategy(Strategy):
 
     `members` maps the names of the sites that are present to their node ids, `plan` gives what a
     site needs to know of a round; `tamper` is the adversary of a simulation, `trusted` trains the
-    server's own update and `lora_scale` is alpha / rank, for rules that ask for them. Given the
-    same seed, members and replies, the result is the same bit for bit, in whatever order the
+    server's own update and `lora_scale` is alpha / rank, for rules that ask for them. `selection`
+    chooses the sites of a round, `strategy.fraction` of them where it is not given. Given the same
+    seed, members and replies, the result is the same bit for bit, in whatever order the
     replies arrive.
     """
 
@@ -97,12 +97,15 @@ class ComposedStrategy(Strategy):
         tamper: Tamper = lambda round_, asked, base_D, replies: replies,
         trusted: Trusted | None = None,
         lora_scale: float = 1.0,
+        selection: Selection | None = None,
     ) -> None:
         self._settings = settings
         self._chain = chain
         self._layout = layout
         self._seed = seed
-        self._quorum = quorum
+        self._selection = selection or fixed_share(
+            settings.fraction, settings.min_sites, seed, quorum
+        )
         self._members = members
         self._plan = plan
         self._spool = spool
@@ -140,9 +143,8 @@ class ComposedStrategy(Strategy):
     ) -> Iterable[Message]:
         """Draw the round's sites by name and address each with the payload and the plan."""
         members = self._members(grid)
-        s = self._settings
         try:
-            names = sample(members, s.fraction, s.min_sites, self._seed, server_round)
+            names = self._selection.draw(members, server_round)
         except TooFewSites as error:
             raise RoundError(f"{error} Finished rounds are safe: {_RESUME}.") from error
         self._asked = {members[name]: name for name in names}
@@ -190,9 +192,9 @@ class ComposedStrategy(Strategy):
             weights, outcomes = self._admit(gate, spool, shown)
             self._require_quorum(server_round, len(weights), outcomes)
             received = time.monotonic()
-            cohort = Cohort.of(self._layout, self._base_D, spool, weights)
+            cohort = self._cohort(spool, weights)
             delta = damped(self._run_chain(server_round, cohort), len(weights) / self._present)
-            gap = product_gap(cohort, self._settings.rule)
+            gap = product_gap(cohort, self._settings.rule) if weights else None
         outcomes = tuple(
             replace(o, status="screened", reason=delta.left_out[o.site])
             if o.site in delta.left_out
@@ -264,7 +266,7 @@ class ComposedStrategy(Strategy):
             ) from error
 
     def _require_quorum(self, round_: int, admitted: int, outcomes: Sequence[SiteOutcome]) -> None:
-        needed = max(self._settings.min_sites, math.ceil(self._quorum * len(self._asked) - 1e-9))
+        needed = self._selection.required(len(self._asked))
         if admitted >= needed:
             return
         reasons = "; ".join(f"{o.site}: {o.reason}" for o in outcomes if o.status != "ok")
@@ -276,6 +278,11 @@ class ComposedStrategy(Strategy):
 
     def _bytes_down(self) -> int:
         return 4 * self._layout.size + nbytes(self.fold)
+
+    def _cohort(self, spool: Spool, weights: Mapping[str, float]) -> Cohort:
+        if not weights:  # only a selection that lets a round go on without updates comes here
+            return Cohort.nobody(self._layout, self._base_D)
+        return Cohort.of(self._layout, self._base_D, spool, weights)
 
     def _run_chain(self, round_: int, cohort: Cohort) -> Delta:
         cohort = replace(cohort, lora_scale=self._lora_scale)

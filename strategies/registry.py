@@ -83,12 +83,15 @@ SERVER_OPTIMIZERS: Mapping[str, Factory[Post]] = MappingProxyType(
 )
 
 
-def build(config: StrategyConfig) -> Rule:
-    """The chain that `strategy.*` describes; raises ConfigError for a name that is not known."""
+def build(config: StrategyConfig, around: Callable[[Rule], Rule] | None = None) -> Rule:
+    """The chain that `strategy.*` describes; raises ConfigError for a name that is not known.
+
+    `around` wraps what comes before the server optimiser, such as in a mechanism with noise.
+    """
     pre = split_names(config.pre)
     known = options_of(config.rule, pre, config.server_optimizer)
     options = {name: getattr(config, name) for name in known if name in type(config).model_fields}
-    return compose(config.rule, pre, config.server_optimizer, options)
+    return compose(config.rule, pre, config.server_optimizer, options, around)
 
 
 def compose(
@@ -96,6 +99,7 @@ def compose(
     pre: Sequence[str] = (),
     server_optimizer: str = "none",
     options: Mapping[str, object] = MappingProxyType({}),
+    around: Callable[[Rule], Rule] | None = None,
 ) -> Rule:
     """Chain stages by name, each taking its options by name; raises ConfigError.
 
@@ -109,11 +113,12 @@ def compose(
         raise unknown(f"option of {stages}:", odd, known)
     optimizer = _pick("strategy.server-optimizer", server_optimizer, SERVER_OPTIMIZERS)
     lora.check_server_optimizer(rule, server_optimizer)
-    return chain(
+    before: list[Pre | Rule] = [
         *(_make(_pick("strategy.pre", name, PRE), options) for name in pre),
         _make(_pick("strategy.rule", rule, RULES), options),
-        _make(optimizer, options, prefix="server_"),
-    )
+    ]
+    post = _make(optimizer, options, prefix="server_")
+    return chain(around(chain(*before)), post) if around else chain(*before, post)
 
 
 def split_names(listed: str) -> tuple[str, ...]:

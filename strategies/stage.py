@@ -30,14 +30,16 @@ class ComposeError(ConfigError):
 class Facts:
     """What is proved of the value between two stages, for every possible input; None: nothing.
 
-    `clip` bounds each site's delta (L2). `max_weight` bounds each site's weight, and may be given
-    only where weights do not depend on the sites' data. `sensitivity` bounds how far (L2) the
-    aggregate moves when one site's delta is replaced by any other that keeps `clip`, the sites
-    and their weights staying as they are (the replace-one relation, unit: site).
+    `clip` bounds each site's delta (L2), `sites` their number. `max_weight` bounds each site's
+    weight, and may be given only where weights are fixed: depend neither on the sites' data nor on
+    who takes part. `sensitivity` bounds how far (L2) the aggregate moves when one site's delta
+    is replaced by zero, or left out, the others and their weights staying as they are (the
+    zero-out relation, unit: client). It holds for the numbers as computed, roundings included.
     """
 
     clip: float | None = None
     max_weight: float | None = None
+    sites: int | None = None
     sensitivity: float | None = None
 
 

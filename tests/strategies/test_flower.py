@@ -25,6 +25,7 @@ from strategies import cohort, messages, registry
 from strategies.config import StrategyConfig
 from strategies.flower import ComposedStrategy, RoundError, RoundOutcome
 from strategies.messages import SiteOutcome, decode_all, to_record
+from strategies.sampling import Selection
 from tests.fakes import Answer, FakeGrid, Field, Site, at_the_server, silent
 
 LAYOUT = Layout(("a", "b", "c"), ((2, 3), (4,), ()))
@@ -102,7 +103,14 @@ class Bench:
 
     folder: Path
 
-    def strategy(self, log: Log, *, quorum: float = 0.5, **options: object) -> ComposedStrategy:
+    def strategy(
+        self,
+        log: Log,
+        *,
+        quorum: float = 0.5,
+        selection: Selection | None = None,
+        **options: object,
+    ) -> ComposedStrategy:
         config = StrategyConfig.model_validate(options)
         names = {node: name for name, node in NODES.items()}
         return ComposedStrategy(
@@ -115,6 +123,7 @@ class Bench:
             plan=lambda round_, site: {"for": site},
             spool=self.folder / "spool",
             listener=log,
+            selection=selection,
         )
 
     def run(
@@ -599,3 +608,22 @@ def test_a_screened_site_is_named_with_the_module_and_does_not_count(bench: Benc
     assert {s.status for s in log.rounds[0].sites if s.site != bad} == {"ok"}
     others = [site for site in NODES if site != bad]
     assert got == bench.run(federation(*others), rounds=1, weighting="uniform")[0]
+
+
+def drawing(*rounds: Sequence[str]) -> Selection:
+    """A selection by plan, of which no answer is needed."""
+    return Selection(lambda present, round_: tuple(rounds[round_ - 1]), lambda asked: 0)
+
+
+def test_a_round_that_asks_nobody_goes_on(bench: Bench) -> None:
+    got, log = bench.run(federation(), selection=drawing((), ("ann", "zoe")))
+    assert [[s.site for s in r.sites] for r in log.rounds] == [[], ["ann", "zoe"]]
+    assert log.rounds[0].update_norm == 0.0
+    assert got == to_bytes(log.rounds[1].payload) != to_bytes(START)
+
+
+def test_a_round_that_nobody_answers_goes_on_where_none_is_needed(bench: Bench) -> None:
+    grid = federation("ann", bob=silent)
+    got, log = bench.run(grid, rounds=1, timeout=0.05, selection=drawing(("bob",)))
+    assert log.of("bob").status == "missing"
+    assert got == to_bytes(START)

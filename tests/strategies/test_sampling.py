@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import random
+from functools import partial
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from strategies.sampling import TooFewSites, sample
+from strategies.sampling import (
+    TooFewSites,
+    fixed_share,
+    poisson,
+    rotation,
+    sample,
+    seeded_chance,
+)
 
 NAMES = st.lists(st.text(max_size=5), min_size=1, max_size=12, unique=True)
 
@@ -65,3 +75,54 @@ def test_global_random_state_is_neither_used_nor_touched() -> None:
 def test_too_few_sites_say_what_to_do(names: list[str]) -> None:
     with pytest.raises(TooFewSites, match=r"at least 2 sites .*connect more SuperNodes or lower"):
         sample(names, 1.0, 2, 0, 1)
+
+
+SITES = [f"site-{i}" for i in range(40)]
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.3, 1.0])
+def test_poisson_draws_each_site_by_itself_at_the_rate(rate: float) -> None:
+    drawn = poisson(rate, 1, partial(seeded_chance, 5))
+    rounds = [set(drawn.draw(SITES, round_)) for round_ in range(1, 501)]
+    for site in SITES:  # at the rate, within five standard errors
+        taken = sum(site in chosen for chosen in rounds)
+        assert abs(taken - 500 * rate) <= 5 * math.sqrt(500 * rate * (1 - rate)) + 1e-9
+    pairs = sum({"site-0", "site-1"} <= chosen for chosen in rounds)
+    both = rate**2
+    assert abs(pairs - 500 * both) <= 5 * math.sqrt(500 * both * (1 - both)) + 1e-9
+    spread = {len(chosen) for chosen in rounds}
+    assert len(spread) == 1 if rate == 1.0 else len(spread) > 5
+
+
+def test_poisson_is_seeded_and_does_not_mind_order_and_others() -> None:
+    drawn = poisson(0.3, 1, partial(seeded_chance, 5))
+    assert drawn.draw(SITES, 3) == drawn.draw(SITES[::-1], 3)
+    assert drawn.draw(SITES, 3) != drawn.draw(SITES, 4)
+    assert drawn.draw(SITES, 3) != poisson(0.3, 1, partial(seeded_chance, 6)).draw(SITES, 3)
+    fewer = drawn.draw(SITES[:20], 3)
+    assert fewer == tuple(name for name in drawn.draw(SITES, 3) if name in SITES[:20])
+
+
+def test_a_poisson_round_may_ask_nobody_and_needs_no_answer() -> None:
+    drawn = poisson(0.01, 1, partial(seeded_chance, 0))
+    assert () in {drawn.draw(["only"], round_) for round_ in range(1, 20)}
+    assert [drawn.required(asked) for asked in (0, 1, 40)] == [0, 0, 0]
+    with pytest.raises(TooFewSites, match=r"at least 3 sites \(strategy.min-sites\), got 1"):
+        poisson(0.5, 3, partial(seeded_chance, 0)).draw(["only"], 1)
+
+
+@pytest.mark.parametrize("period", [1, 2, 5])
+def test_in_a_rotation_each_site_has_one_turn_in_every_period(period: int) -> None:
+    turns = rotation(period, 1, seed=2)
+    rounds = [turns.draw(SITES, round_) for round_ in range(1, 4 * period + 1)]
+    for site in SITES:
+        taken = [round_ for round_, chosen in enumerate(rounds) if site in chosen]
+        assert len(taken) == 4 and {b - a for a, b in itertools.pairwise(taken)} == {period}
+    assert turns.draw(SITES[:7], 1) == tuple(s for s in rounds[0] if s in SITES[:7])
+    assert turns.required(3) == 0
+
+
+def test_a_fixed_share_needs_its_quorum() -> None:
+    share = fixed_share(0.5, 2, 0, 0.28)
+    assert share.draw(SITES, 1) == sample(SITES, 0.5, 2, 0, 1)
+    assert [share.required(asked) for asked in (4, 25, 100)] == [2, 7, 28]
