@@ -216,16 +216,17 @@ def context(model: PreTrainedModel) -> int | None:
 
 
 def _quantised(quantization: str) -> dict[str, Any]:
-    if not (torch.cuda.is_available() and importlib.util.find_spec("bitsandbytes")):
+    if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(
-            f"Expected a GPU and the bitsandbytes package for model.quantization={quantization!r}, "
-            "got a machine without; set it to 'none' or install florilegium[quantization]."
+            f"Expected the bitsandbytes package with model.quantization={quantization!r}, got "
+            "none; install florilegium[quantization], or set it to 'none'."
         )
     return {
+        "device_map": {"": device()},
         "quantization_config": transformers.BitsAndBytesConfig(
             load_in_8bit=quantization == "int8",
             load_in_4bit=quantization == "int4",
             bnb_4bit_quant_type="nf4",
             bnb_4bit_compute_dtype=torch.bfloat16,
-        )
+        ),
     }

@@ -31,7 +31,9 @@ class ModelConfig(Section):
         "float32", description="Type in which the frozen base weights are kept."
     )
     quantization: Literal["none", "int8", "int4"] = Field(
-        "none", description="Quantisation of the frozen base model (bitsandbytes, needs a GPU)."
+        "none",
+        description="Quantisation of the frozen base model, by bitsandbytes (`pip install "
+        "florilegium[quantization]`); fast on a GPU, possible without.",
     )
     gradient_checkpointing: bool = Field(
         False, description="Recompute activations in the backward pass: less memory, more time."

@@ -158,15 +158,6 @@ def test_an_unknown_hub_id_offline_is_refused(monkeypatch: pytest.MonkeyPatch) -
         load(ModelConfig(name="nobody/no-such-model"))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine could quantise")
-@pytest.mark.parametrize("quantization", ["int8", "int4"])
-def test_quantisation_without_a_gpu_is_refused(
-    tiny_models: Mapping[str, Path], quantization: str
-) -> None:
-    with pytest.raises(ConfigError, match=rf"a GPU .*'{quantization}', got .*; set it to 'none'"):
-        load(settings(tiny_models["llama"], quantization=quantization))
-
-
 def test_a_head_of_other_classes_is_refused_with_both_shapes(folder: Path) -> None:
     other = LlamaForSequenceClassification.from_pretrained(folder, num_labels=5)
     other.save_pretrained(folder)
