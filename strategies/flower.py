@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from logging import INFO
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
@@ -18,13 +19,22 @@ from torch import Tensor
 
 from models.layout import Layout
 from models.seeds import derive
-from strategies.cohort import Cohort, Delta, Spool, norm
+from strategies.cohort import Cohort, CohortError, Delta, norm
 from strategies.config import StrategyConfig
 from strategies.control import damped
+from strategies.exchange import Exchange, Intake, Parcel, Plain, Received, Sent
 from strategies.fold import accumulated, nbytes
 from strategies.gap import product_gap
-from strategies.gate import Gate, Refusal, Update
-from strategies.messages import Scalar, SiteOutcome, collect, decode_all, read_reply, to_record
+from strategies.gate import Refusal, Reply
+from strategies.messages import (
+    Scalar,
+    SiteOutcome,
+    ask_sites,
+    collect,
+    decode_all,
+    read_reply,
+    to_record,
+)
 from strategies.sampling import Selection, TooFewSites, fixed_share
 from strategies.stage import Rule, State
 
@@ -75,11 +85,11 @@ class ComposedStrategy(Strategy):
     """Plans rounds, gates replies and runs the chain; the only subclass of Flower's Strategy.
 
     `members` maps the names of the sites that are present to their node ids, `plan` gives what a
-    site needs to know of a round; `tamper` is the adversary of a simulation, `trusted` trains the
-    server's own update and `lora_scale` is alpha / rank, for rules that ask for them. `selection`
-    chooses the sites of a round, `strategy.fraction` of them where it is not given. Given the same
-    seed, members and replies, the result is the same bit for bit, in whatever order the
-    replies arrive.
+    site needs to know of a round; `exchange` is how updates travel, as they are unless it is given.
+    `tamper` is the adversary of a simulation, `trusted` trains the server's own update and
+    `lora_scale` is alpha / rank, for rules that ask for them. `selection` chooses the sites of a
+    round, `strategy.fraction` of them where it is not given. Given the same seed, members and
+    replies, the result is the same bit for bit, in whatever order the replies arrive.
     """
 
     def __init__(
@@ -94,10 +104,11 @@ class ComposedStrategy(Strategy):
         plan: Callable[[int, str], Mapping[str, Scalar]],
         spool: Path,
         listener: Listener,
-        tamper: Tamper = lambda round_, asked, base_D, replies: replies,
+        tamper: Tamper | None = None,
         trusted: Trusted | None = None,
         lora_scale: float = 1.0,
         selection: Selection | None = None,
+        exchange: Exchange | None = None,
     ) -> None:
         self._settings = settings
         self._chain = chain
@@ -113,6 +124,8 @@ class ComposedStrategy(Strategy):
         self._tamper = tamper
         self._trusted = trusted
         self._lora_scale = lora_scale
+        self._exchange = exchange or Plain(settings, layout, spool)
+        self._intake: Intake | None = None
         self._done = 0
         self._base_D = torch.zeros(layout.size)
         self._state: State = chain.init(layout.size)
@@ -145,11 +158,15 @@ class ComposedStrategy(Strategy):
         members = self._members(grid)
         try:
             names = self._selection.draw(members, server_round)
-        except TooFewSites as error:
+            self._asked = {members[name]: name for name in names}
+            self._present = len(members)
+            plan = partial(self._plan, server_round)
+            ask = partial(ask_sites, grid, {site: members[site] for site in names}, plan)
+            sent = Sent(decode_all(arrays), self.fold)
+            self._intake = self._exchange.open(server_round, sorted(names), sent, ask)
+        except (TooFewSites, CohortError) as error:
             raise RoundError(f"{error} Finished rounds are safe: {_RESUME}.") from error
-        self._asked = {members[name]: name for name in names}
-        self._present = len(members)
-        return self._messages(MessageType.TRAIN, server_round, arrays, config)
+        return self._messages(MessageType.TRAIN, server_round, arrays, config, self._intake.parcels)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -159,7 +176,12 @@ class ComposedStrategy(Strategy):
         return self._messages(MessageType.EVALUATE, server_round, arrays, config)
 
     def _messages(
-        self, kind: str, round_: int, arrays: ArrayRecord, config: ConfigRecord
+        self,
+        kind: str,
+        round_: int,
+        arrays: ArrayRecord,
+        config: ConfigRecord,
+        parcels: Mapping[str, Parcel] | None = None,
     ) -> list[Message]:
         records: dict[str, ArrayRecord] = {"arrays": arrays}
         if self.fold:
@@ -167,13 +189,14 @@ class ComposedStrategy(Strategy):
         common = {**config, "round": round_, "layout": self._layout.digest}
 
         def message(node_id: int, site: str) -> Message:
-            plan = ConfigRecord({**self._plan(round_, site), **common})
-            return Message(
-                RecordDict({**records, "plan": plan}), node_id, kind, group_id=str(round_)
-            )
+            content = RecordDict({**records})
+            content["plan"] = ConfigRecord({**self._plan(round_, site), **common})
+            if parcels and parcels[site]:
+                content["parcel"] = ConfigRecord(dict(parcels[site]))
+            return Message(content, node_id, kind, group_id=str(round_))
 
         asked = sorted(self._asked.items(), key=lambda entry: entry[1])
-        return [message(node_id, site) for node_id, site in asked]
+        return [message(n, site) for n, site in asked if parcels is None or site in parcels]
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -183,24 +206,23 @@ class ComposedStrategy(Strategy):
         Raises RoundError when fewer sites than the quorum answered well.
         """
         started = time.monotonic()
-        s = self._settings
-        gate = Gate(
-            server_round, self._layout, set(self._asked.values()), s.max_update_norm, s.weight_cap
-        )
-        with Spool(self._spool) as spool:
-            shown = self._tamper(server_round, self._asked, self._base_D, replies)
-            weights, outcomes = self._admit(gate, spool, shown)
-            self._require_quorum(server_round, len(weights), outcomes)
+        assert self._intake is not None  # configure_train opened it
+        with self._intake as intake:
+            if self._tamper:
+                replies = self._tamper(server_round, self._asked, self._base_D, replies)
+            outcomes = self._admit(intake, replies)
+            got = intake.close()
+            outcomes = _relabelled(outcomes, got.failed, "failed")
+            self._require_quorum(server_round, len(got.counted), outcomes)
             received = time.monotonic()
-            cohort = self._cohort(spool, weights)
-            delta = damped(self._run_chain(server_round, cohort), len(weights) / self._present)
-            gap = product_gap(cohort, self._settings.rule) if weights else None
-        outcomes = tuple(
-            replace(o, status="screened", reason=delta.left_out[o.site])
-            if o.site in delta.left_out
-            else o
-            for o in outcomes
-        )
+            cohort = self._cohort(got)
+            share = len(got.counted) / self._present
+            delta = damped(self._run_chain(server_round, cohort), share)
+            gap = self._gap(cohort, got)
+        left_out = {
+            s: why for row, why in delta.left_out.items() for s in got.sites.get(row, (row,))
+        }
+        outcomes = _relabelled(outcomes, left_out, "screened")
         folded_down = nbytes(self.fold) * len(self._asked)
         self.fold = accumulated(self.fold, delta.fold)
         self._base_D, self._done = self._base_D + delta.vector_D, server_round
@@ -223,12 +245,9 @@ class ComposedStrategy(Strategy):
         )
         return to_record(payload), MetricRecord({"update-norm": update_norm})
 
-    def _admit(
-        self, gate: Gate, spool: Spool, replies: Iterable[Message]
-    ) -> tuple[dict[str, float], tuple[SiteOutcome, ...]]:
-        uniform = self._settings.weighting == "uniform"
-        weights: dict[str, float] = {}
+    def _admit(self, intake: Intake, replies: Iterable[Message]) -> tuple[SiteOutcome, ...]:
         outcomes: dict[str, SiteOutcome] = {}
+        admitted: set[str] = set()
         down = self._bytes_down()
         for message in replies:
             site = self._asked.get(message.metadata.src_node_id)
@@ -239,31 +258,34 @@ class ComposedStrategy(Strategy):
             outcome, reply = read_reply(site, message, down)
             if reply is not None:
                 try:
-                    update = gate.admit(reply)
-                    self._keep(spool, update)
-                    weights[site] = 1.0 if uniform else float(update.num_examples)
+                    self._keep(intake, reply)
+                    admitted.add(site)
                 except Refusal as refusal:
                     outcome = replace(outcome, status="quarantined", reason=str(refusal))
-            if site in weights and outcome.status != "ok":  # its first good reply stays
+            if site in admitted and outcome.status != "ok":  # its first good reply stays
                 outcomes[site] = replace(outcomes[site], reason=outcome.reason)
             else:
                 outcomes[site] = outcome
         for site in self._asked.values():
-            if site not in outcomes:
-                outcomes[site] = SiteOutcome(
-                    site, "missing", "No reply by the deadline (run.deadline-s).", {}, down, 0
-                )
-        ordered = tuple(outcomes[site] for site in sorted(outcomes))
-        return weights, ordered
+            if why := intake.failed.get(site):
+                outcomes.setdefault(site, SiteOutcome(site, "failed", why, {}, 0, 0))
+            late = "No reply by the deadline (run.deadline-s)."
+            outcomes.setdefault(site, SiteOutcome(site, "missing", late, {}, down, 0))
+        return tuple(outcomes[site] for site in sorted(outcomes))
 
-    def _keep(self, spool: Spool, update: Update) -> None:
+    def _keep(self, intake: Intake, reply: Reply) -> None:
         try:
-            spool.put(update.site, update.delta_D)
+            intake.admit(reply)
         except OSError as error:
             raise RoundError(
                 f"Expected room for the updates of a round in {str(self._spool)!r}, but: {error}. "
                 f"Finished rounds are safe: free some space and {_RESUME}."
             ) from error
+
+    def _gap(self, cohort: Cohort, got: Received) -> float | None:
+        """The error of averaging LoRA's factors apart, where each row is one site's update."""
+        single = all(len(sites) == 1 for sites in got.sites.values())
+        return product_gap(cohort, self._settings.rule) if single and got.sites else None
 
     def _require_quorum(self, round_: int, admitted: int, outcomes: Sequence[SiteOutcome]) -> None:
         needed = self._selection.required(len(self._asked))
@@ -279,10 +301,10 @@ class ComposedStrategy(Strategy):
     def _bytes_down(self) -> int:
         return 4 * self._layout.size + nbytes(self.fold)
 
-    def _cohort(self, spool: Spool, weights: Mapping[str, float]) -> Cohort:
-        if not weights:  # only a selection that lets a round go on without updates comes here
+    def _cohort(self, got: Received) -> Cohort:
+        if not got.rows:  # only a selection that lets a round go on without updates comes here
             return Cohort.nobody(self._layout, self._base_D)
-        return Cohort.of(self._layout, self._base_D, spool, weights)
+        return Cohort.of(self._layout, self._base_D, got.rows, got.weights)
 
     def _run_chain(self, round_: int, cohort: Cohort) -> Delta:
         cohort = replace(cohort, lora_scale=self._lora_scale)
@@ -343,3 +365,15 @@ class ComposedStrategy(Strategy):
     ) -> None:
         messages = self.configure_evaluate(round_, arrays, config, grid)
         self.aggregate_evaluate(round_, collect(grid, messages, timeout))
+
+
+def _relabelled(
+    outcomes: tuple[SiteOutcome, ...],
+    reasons: Mapping[str, str],
+    status: Literal["failed", "screened"],
+) -> tuple[SiteOutcome, ...]:
+    """Outcomes with another status for sites that have a reason for it."""
+    return tuple(
+        replace(o, status=status, reason=reasons[o.site]) if o.site in reasons else o
+        for o in outcomes
+    )

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor
 
 from models.wire import RawArray, decode, encode
+from strategies.exchange import Parcel
 from strategies.gate import Reply
 
 Scalar = bool | int | float | str
@@ -92,6 +93,40 @@ def gather(grid: Grid, message_ids: Iterable[str], timeout: float) -> Iterator[M
             return
         if waiting:
             time.sleep(min(_POLL_S, left))
+
+
+def ask_sites(
+    grid: Grid,
+    nodes: Mapping[str, int],
+    plan: Callable[[str], Mapping[str, Scalar]],
+    step: str,
+    parcels: Mapping[str, Parcel],
+    timeout: float,
+) -> dict[str, Parcel]:
+    """Ask sites a question of an exchange; the first answer of each that gave one in time."""
+    sites = {node: site for site, node in nodes.items() if site in parcels}
+
+    def message(site: str) -> Message:
+        content = RecordDict({"plan": ConfigRecord(dict(plan(site)))})
+        content["parcel"] = ConfigRecord(dict(parcels[site]))
+        return Message(content, nodes[site], f"{MessageType.QUERY}.{step}", group_id=step)
+
+    answers: dict[str, Parcel] = {}
+    for reply in collect(grid, [message(site) for site in sorted(parcels)], timeout):
+        if site := sites.get(reply.metadata.src_node_id):
+            answers.setdefault(site, _answer(reply))
+    return answers
+
+
+def _answer(message: Message) -> Parcel:
+    """A site's answer to a question of the exchange; its `error` says why there is none."""
+    if message.has_error():
+        reason = message.error.reason or f"Flower's error code {message.error.code}"
+        return {"error": reason[:_LONGEST]}
+    answer = dict(config_of(message.content, "answer").items())
+    if told := answer.get("error"):
+        return {"error": str(told)[:_LONGEST]}
+    return answer
 
 
 def read_reply(site: str, message: Message, bytes_down: int) -> tuple[SiteOutcome, Reply | None]:

@@ -16,7 +16,8 @@ from privacy.secure.keys import KEY_BYTES, SIGNATURE_BYTES, public
 from privacy.secure.masks import shift
 from privacy.secure.shamir import SHARE_BYTES, ShareError, combine, lagrange
 from privacy.secure.site import commitment, pair_mask, self_mask
-from privacy.secure.terms import Advert, Parcel, Roster, Terms, below, octets, table
+from privacy.secure.terms import Advert, Roster, Terms, below, octets, table
+from strategies.exchange import Parcel
 
 Answers = Mapping[str, Parcel]
 

@@ -20,7 +20,8 @@ from privacy.secure.fixed_point import Words
 from privacy.secure.keys import NodeKey, Pinned, agree, bound, fresh, public, seal, unseal
 from privacy.secure.masks import shift
 from privacy.secure.shamir import SHARE_BYTES, split
-from privacy.secure.terms import Advert, Parcel, Roster, Terms, below, magnitude, table
+from privacy.secure.terms import Advert, Roster, Terms, below, magnitude, table
+from strategies.exchange import Parcel
 
 Step = Literal["advertised", "shared", "masked", "confirmed"]
 

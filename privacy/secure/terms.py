@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeAlias
 
 from torch import Tensor
 
@@ -13,9 +12,7 @@ from models.wire import encode
 from privacy.secure.errors import SecureError
 from privacy.secure.fixed_point import FixedPoint
 from privacy.secure.keys import KEY_BYTES, bound
-
-# What a record of a message holds, a list for each column of a table of sites.
-Parcel: TypeAlias = Mapping[str, bytes | str | int | float | bool | Sequence[bytes | str | int]]
+from strategies.exchange import Parcel
 
 _MAGNITUDE = 30  # a weight is at most 10**9
 

@@ -14,7 +14,8 @@ from privacy.secure.fixed_point import Words
 from privacy.secure.keys import NodeKey, Pinned
 from privacy.secure.server import Answers, Summation
 from privacy.secure.site import Session
-from privacy.secure.terms import Parcel, Terms
+from privacy.secure.terms import Terms
+from strategies.exchange import Parcel
 
 NAMES = ("ann", "bob", "cat", "dan", "eve", "fay")
 MODEL = b"m" * 32

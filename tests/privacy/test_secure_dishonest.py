@@ -12,7 +12,7 @@ from privacy.secure import site as steps
 from privacy.secure.errors import SecureError
 from privacy.secure.keys import NodeKey, Pinned, agree, bound, fresh, public, seal
 from privacy.secure.site import Session
-from privacy.secure.terms import Parcel
+from strategies.exchange import Parcel
 from tests.privacy.secure_groups import MODEL, NAMES, Group, keys, terms
 
 
