@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -66,6 +69,19 @@ def test_lora_trains_on_quantised_weights(wide: Path, quantization: str, bits: i
     assert later < first - 0.1
     assert torch.equal(small, frozen)
     assert all(tensor.dtype == torch.float32 for tensor in payload.select().values())
+
+
+def test_all_of_this_with_the_package_aside() -> None:
+    aside = Path(sys.prefix) / "aside"
+    if not (aside / "bitsandbytes").is_dir():
+        pytest.skip("bitsandbytes is not in .venv/aside: run ./scripts/setup dev")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-o",
+         "addopts=--import-mode=importlib", __file__, "-k", "lora_trains"],
+        env=os.environ | {"PYTHONPATH": str(aside)}, cwd=Path(__file__).parents[2],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert "2 passed" in done.stdout, done.stdout[-4000:]
 
 
 def test_without_the_package_the_error_says_how_to_get_it(
