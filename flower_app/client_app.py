@@ -17,10 +17,12 @@ from flwr.common.logger import log
 from torch import Tensor
 
 from flower_app import baselines, compose
+from flower_app.account import SiteAccount
 from flower_app.config import Config, parse
 from flower_app.data.source import DataError
 from flower_app.node import NodeConfig, parse_node, versions
 from flower_app.recorder import score_fields
+from flower_app.releases import releases
 from flower_app.siteround import SiteRound
 from flower_app.sitestate import require_state_path
 from flower_app.worker import Worker, pad_token, steps_per_round, worker_name
@@ -107,16 +109,20 @@ def _told(error: Exception, node: NodeConfig | None) -> str:
         return f"{type(error).__name__}: the log at the site says what is wrong."
     text = str(error)
     given = [
-        Path(p) for p in (node.data_path, node.eval_path, node.model_path, node.state_path) if p
-    ]
+        Path(path)
+        for path in (
+            node.data_path, node.eval_path, node.model_path, node.state_path, node.policy_path
+        )
+        if path
+    ]  # fmt: skip
     forms = {str(form) for p in given for form in (p, p.expanduser(), p.expanduser().resolve())}
     for path in sorted(forms, key=len, reverse=True):  # a path within another one goes first
         text = text.replace(path, "...")
     return _PATH.sub("...", text)
 
 
-def _plan(message: Message) -> dict[str, Scalar]:
-    record = config_of(message.content, "plan")
+def _plan(message: Message, name: str = "plan") -> dict[str, Scalar]:
+    record = config_of(message.content, name)
     return {key: value for key, value in record.items() if isinstance(value, Scalar)}
 
 
@@ -136,6 +142,11 @@ def on_roll_call(message: Message, config: Config, node: NodeConfig) -> RecordDi
     base, _ = _WORKER.model(config, node)
     site = _WORKER.site(config, node)
     log(INFO, "%s: %d rows, %d held out; %s", site.name, site.rows, site.held_out_rows, site.notes)
+    log(INFO, "%s: base model %s", site.name, base.digest)
+    question = _plan(message, "question")
+    left = range(int(str(question.get("done", 0))) + 1, config.run.rounds + 1)
+    account = SiteAccount(config, node, question, site=site.name, rows=site.rows, base=base.digest)
+    account.planned(releases(config, site.rows, left), rounds=len(left))
     member = ConfigRecord(
         {
             "site": site.name,
@@ -155,12 +166,15 @@ def on_roll_call(message: Message, config: Config, node: NodeConfig) -> RecordDi
 def on_train(message: Message, config: Config, node: NodeConfig) -> RecordDict:
     """Score the received payload, train it on the site's rows, score it again, send the delta."""
     started = time.perf_counter()
+    compose.check_privacy(config)  # the server has checked it too, and need not be believed
     base, payload = _WORKER.model(config, node)
     site = _WORKER.site(config, node)
     plan = _plan(message)
     received = _received(message, payload)
     round_ = int(str(plan["round"]))
     work = SiteRound(config, node, payload, site, received, plan, done=round_ - 1)
+    account = SiteAccount(config, node, plan, site=site.name, rows=site.rows, base=base.digest)
+    account.charge(releases(config, site.rows, [round_]))
     loaded = time.perf_counter()
     before = _WORKER.score(config, site, payload, pad_token(base))
     backdoor = _WORKER.backdoor(config, site, payload)

@@ -43,11 +43,11 @@ def check_names(config: Config) -> None:
     poison.check(attack(config).poison, config.data)
     _check_factors(config)
     _check_ditto(config)
-    _check_privacy(config)
+    check_privacy(config)
 
 
-def _check_privacy(config: Config) -> None:
-    """Refuse guarantees that this version cannot give."""
+def check_privacy(config: Config) -> None:
+    """Refuse guarantees that this version cannot give; raises ConfigError."""
     if config.privacy.on:
         raise ConfigError(
             f"Expected privacy.unit='none', got {config.privacy.unit!r}; this version trains "

@@ -29,6 +29,9 @@ class NodeConfig(Section):
         description="Folder for what the site keeps across rounds; needed where a run keeps "
         "something there.",
     )
+    policy_path: str = Field(
+        "", description="File in TOML with what the site takes part in; empty: in anything."
+    )
 
     @property
     def simulated(self) -> bool:

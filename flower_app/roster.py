@@ -57,25 +57,27 @@ class _Answer(BaseModel):
 class Roster:
     """Knows the sites by name; asks nodes that it has not seen yet who they are."""
 
-    def __init__(self, base_digest: str, timeout: float) -> None:
+    def __init__(self, base_digest: str, timeout: float, run: str = "") -> None:
         self._base_digest = base_digest
+        self._run = run
         self._timeout = timeout
         self._known: dict[int, Member | Refused] = {}  # a member, or why the node is none
         self._late: dict[str, int] = {}  # questions without an answer yet, and whom they went to
         self._refused_of = 0  # partitions of the simulation that a refused node is part of
         self._warned: set[tuple[int, str]] = set()
 
-    def refresh(self, grid: Grid) -> dict[str, Member]:
+    def refresh(self, grid: Grid, done: int = 0) -> dict[str, Member]:
         """Members that are connected now, by name; new nodes are asked first.
 
         A node that does not answer in time holds nothing up later on: its answer counts once it
-        comes. Of two nodes with one name the one that has been here longer stays.
+        comes. Of two nodes with one name the one that has been here longer stays. New nodes hear
+        that `done` rounds are finished, since they judge by what the others would cost them.
         """
         connected = set(grid.get_node_ids())
         # A site that comes back may have been mended, so that it is asked again.
         self._known = {node: known for node, known in self._known.items() if node in connected}
         self._late = {question: node for question, node in self._late.items() if node in connected}
-        for reply in sorted(self._answers(grid, connected), key=_source):
+        for reply in sorted(self._answers(grid, connected, done), key=_source):
             self._known.setdefault(_source(reply), self._judge(reply))
         members: dict[str, Member] = {}
         for node, known in self._known.items():
@@ -91,8 +93,9 @@ class Roster:
                 self._compare_versions(known)
         return dict(sorted(members.items()))
 
-    def _answers(self, grid: Grid, connected: set[int]) -> list[Message]:
-        question = RecordDict({"question": ConfigRecord({"base": self._base_digest})})
+    def _answers(self, grid: Grid, connected: set[int], done: int) -> list[Message]:
+        about = ConfigRecord({"base": self._base_digest, "run": self._run, "done": done})
+        question = RecordDict({"question": about})
         new = sorted(connected - set(self._known) - set(self._late.values()))
         messages = [
             Message(question, node, MessageType.QUERY, group_id="roll-call") for node in new
@@ -128,12 +131,14 @@ class Roster:
         reasons = [known for known in self._known.values() if isinstance(known, Refused)]
         return {r.site or f"unnamed {number}": r.reason for number, r in enumerate(reasons, 1)}
 
-    def present(self, grid: Grid) -> Mapping[str, int]:
-        """Node ids of the connected sites, by name."""
-        return {site: member.node_id for site, member in self.refresh(grid).items()}
+    def present(self, grid: Grid, done: int = 0) -> Mapping[str, int]:
+        """Node ids of the connected sites, by name, after `done` rounds."""
+        return {site: member.node_id for site, member in self.refresh(grid, done).items()}
 
-    def assemble(self, grid: Grid, min_sites: int, timeout: float) -> dict[str, Member]:
-        """Wait until enough sites are there, all of them in a simulation.
+    def assemble(
+        self, grid: Grid, min_sites: int, timeout: float, done: int = 0
+    ) -> dict[str, Member]:
+        """Wait until enough sites are there, all of them in a simulation; `done` rounds are done.
 
         Raises ConfigError with the sites' own reasons when they are not there in `timeout` seconds
         or cannot take part.
@@ -141,7 +146,7 @@ class Roster:
         deadline = time.monotonic() + timeout
         shown = -1
         while True:
-            members = self.refresh(grid)
+            members = self.refresh(grid, done)
             refused = [r.reason for r in self._known.values() if isinstance(r, Refused)]
             simulated = all(member.simulated for member in members.values())
             partitions = [member.partitions for member in members.values() if simulated]

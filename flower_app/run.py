@@ -49,13 +49,10 @@ def run(grid: Grid, config: Config) -> RunFolder:
     payload = compose.attach(config, base)
     initial = payload.select()
     check_layout(config.strategy.rule, payload.layout)
-    facts = {"layout": compose.travelling(config, payload).digest, "base": base.digest}
-    if compose.keeps(config):  # the name that sites know the run by, whatever its folder is called
-        known = checkpoint.facts if checkpoint else {}
-        facts["run"] = known.get("run", folder.path.name)
-    _check_facts(checkpoint, facts)
-    roster = Roster(base.digest, config.run.roll_call_s)
-    members = roster.assemble(grid, config.strategy.min_sites, config.run.deadline_s)
+    facts = _facts(config, base, payload, folder, checkpoint)
+    roster = Roster(base.digest, config.run.roll_call_s, facts.get("run", ""))
+    done = checkpoint.round if checkpoint else 0
+    members = roster.assemble(grid, config.strategy.min_sites, config.run.deadline_s, done)
     _check_mode(config, members)
     compose.check_sites(config, members)
     log(INFO, "Sites: %s", ", ".join(f"{m.site} ({m.rows} rows)" for m in members.values()))
@@ -109,6 +106,19 @@ def _check_extras(config: Config) -> None:
             "Expected the tensorboard package with run.tensorboard=true, got none; install "
             "florilegium[tensorboard] or set it to false."
         )
+
+
+def _facts(
+    config: Config, base: Base, payload: Payload, folder: RunFolder, checkpoint: Checkpoint | None
+) -> dict[str, str]:
+    """What stays the same when the run is resumed; raises ConfigError where it does not."""
+    facts = {"layout": compose.travelling(config, payload).digest, "base": base.digest}
+    if compose.keeps(config) or config.privacy.on:
+        # The name that sites know the run by, whatever its folder is called.
+        known = checkpoint.facts if checkpoint else {}
+        facts["run"] = known.get("run", folder.path.name)
+    _check_facts(checkpoint, facts)
+    return facts
 
 
 def _check_facts(checkpoint: Checkpoint | None, facts: Mapping[str, str]) -> None:

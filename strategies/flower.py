@@ -84,12 +84,13 @@ Trusted = Callable[[int, Mapping[str, Tensor], Mapping[str, Tensor]], Mapping[st
 class ComposedStrategy(Strategy):
     """Plans rounds, gates replies and runs the chain; the only subclass of Flower's Strategy.
 
-    `members` maps the names of the sites that are present to their node ids, `plan` gives what a
-    site needs to know of a round; `exchange` is how updates travel, as they are unless it is given.
-    `tamper` is the adversary of a simulation, `trusted` trains the server's own update and
-    `lora_scale` is alpha / rank, for rules that ask for them. `selection` chooses the sites of a
-    round, `strategy.fraction` of them where it is not given. Given the same seed, members and
-    replies, the result is the same bit for bit, in whatever order the replies arrive.
+    `members` maps the names of the sites that are present, after a number of finished rounds, to
+    their node ids, `plan` gives what a site needs to know of a round; `exchange` is how updates
+    travel, as they are unless it is given. `tamper` is the adversary of a simulation, `trusted`
+    trains the server's own update and `lora_scale` is alpha / rank, for rules that ask for them.
+    `selection` chooses the sites of a round, `strategy.fraction` of them where it is not given.
+    Given the same seed, members and replies, the result is the same bit for bit, in whatever order
+    the replies arrive.
     """
 
     def __init__(
@@ -100,7 +101,7 @@ class ComposedStrategy(Strategy):
         *,
         seed: int,
         quorum: float,
-        members: Callable[[Grid], Mapping[str, int]],
+        members: Callable[[Grid, int], Mapping[str, int]],
         plan: Callable[[int, str], Mapping[str, Scalar]],
         spool: Path,
         listener: Listener,
@@ -155,7 +156,7 @@ class ComposedStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Draw the round's sites by name and address each with the payload and the plan."""
-        members = self._members(grid)
+        members = self._members(grid, server_round - 1)
         try:
             names = self._selection.draw(members, server_round)
             self._asked = {members[name]: name for name in names}
@@ -172,7 +173,8 @@ class ComposedStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Address every site that is present with the payload to score."""
-        self._asked = {node_id: name for name, node_id in self._members(grid).items()}
+        members = self._members(grid, server_round)
+        self._asked = {node_id: name for name, node_id in members.items()}
         return self._messages(MessageType.EVALUATE, server_round, arrays, config)
 
     def _messages(

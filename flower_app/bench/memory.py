@@ -89,7 +89,7 @@ def aggregate(sites: int, size: int) -> Peak:
             layout,
             seed=0,
             quorum=1.0,
-            members=lambda grid: members,
+            members=lambda grid, done: members,
             plan=lambda round_, site: {},
             spool=Path(folder),
             listener=listener,

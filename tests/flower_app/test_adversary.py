@@ -83,7 +83,7 @@ def run(
     log = Log()
     strategy = ComposedStrategy(
         config, registry.build(config), LAYOUT, seed=3, quorum=0.5,
-        members=lambda grid: {name: NODES[name] for name in names},
+        members=lambda grid, done: {name: NODES[name] for name in names},
         plan=lambda round_, site: {}, spool=folder / "spool", listener=log,
         tamper=adversary.tamper,
         trusted=lambda round_, received, folded: {n: -0.3 * t for n, t in received.items()},

@@ -58,7 +58,17 @@ def test_members_are_known_by_name_and_asked_once() -> None:
     assert (ann.rows, ann.held_out, ann.simulated, ann.versions) == (12, 3, False, "flwr 1.41")
     assert sorted(grid.asked("query")) == [13, 907]
     question = grid.questions[0].content
-    assert dict(question.config_records["question"]) == {"base": BASE}
+    assert dict(question.config_records["question"]) == {"base": BASE, "run": "", "done": 0}
+
+
+def test_a_new_node_hears_which_run_it_joins_and_how_far_it_is() -> None:
+    grid = FakeGrid({1: member("ann")})
+    known = Roster(BASE, 5.0, "a-run")
+    known.assemble(grid, 1, 5.0, done=3)
+    grid.sites[2] = member("bob")
+    known.present(grid, 7)
+    told = [dict(question.content.config_records["question"]) for question in grid.questions]
+    assert told == [{"base": BASE, "run": "a-run", "done": done} for done in (3, 7)]
 
 
 def test_only_newcomers_are_asked_and_those_who_left_are_gone() -> None:

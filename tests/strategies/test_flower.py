@@ -119,7 +119,7 @@ class Bench:
             LAYOUT,
             seed=3,
             quorum=quorum,
-            members=lambda grid: {names[node]: node for node in grid.get_node_ids()},
+            members=lambda grid, done: {names[node]: node for node in grid.get_node_ids()},
             plan=lambda round_, site: {"for": site},
             spool=self.folder / "spool",
             listener=log,
@@ -411,7 +411,7 @@ def test_a_quorum_that_is_met_exactly_is_enough(bench: Bench) -> None:
     good = {node: honest("ann") for node in list(nodes)[:7]}
     strategy = ComposedStrategy(
         config, registry.build(config), LAYOUT, seed=0, quorum=0.28,
-        members=lambda grid: {name: node for node, name in nodes.items()},
+        members=lambda grid, done: {name: node for node, name in nodes.items()},
         plan=lambda round_, site: {}, spool=bench.folder, listener=log,
     )  # fmt: skip
     grid = FakeGrid(dict.fromkeys(nodes, silent) | good)

@@ -1,0 +1,133 @@
+"""A site's account: its policy, and the ledger of what it has released."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from flower_app.config import Config
+from flower_app.node import NodeConfig
+from flower_app.sitestate import file_name, require_state_path
+from models.section import ConfigError
+from privacy.events import Event, Unit
+from privacy.ledger import Ledger
+from privacy.policy import Policy, Request, read_policy
+from strategies.messages import Scalar
+
+LEDGER = "ledger.jsonl"
+
+
+class SiteAccount:
+    """What one site may release in a run, and what it has released in all runs.
+
+    Events are stamped with the run and the site here, so that callers say mechanism, unit, noise,
+    sampling, count, part and round only. `plan` is the message's record: `run` names the run,
+    `state` the folder of a simulation. A site without a policy allows everything, but keeps a
+    ledger of whatever it releases with differential privacy. Raises ConfigError for a policy that
+    cannot be read, and where the ledger has no place to be.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        node: NodeConfig,
+        plan: Mapping[str, Scalar],
+        *,
+        site: str,
+        rows: int,
+        base: str,
+    ) -> None:
+        self._config = config
+        self._site = site
+        self._run = str(plan.get("run") or config.run.name)
+        self._split = _split(config, node)
+        self._policy = policy_of(node)
+        self._request = Request(
+            config.privacy.unit,
+            config.payload.kind,
+            base,
+            rows,
+            config.run.rounds,
+            secure_aggregation=False,
+        )
+        if config.privacy.on:
+            require_state_path(node, f"privacy.unit={config.privacy.unit!r}")
+        if self._policy and self._policy.max_epsilon:
+            require_state_path(node, "max-epsilon of this site's policy")
+        path = ledger_path(node, plan, site)
+        self._ledger = Ledger(path) if path else None
+
+    def planned(self, events: Sequence[Event], rounds: int) -> None:
+        """Refuse a run that would exceed the policy, given all of its `rounds` still to come.
+
+        Writes nothing. Raises PolicyError with what the run would spend, what was spent and what
+        remains, and LedgerError for a ledger that cannot be trusted.
+        """
+        if self._policy:
+            self._policy.admit(self._request)
+        past = self._ledger.events() if self._ledger else []
+        if rounds:
+            self._check(past, self._stamped(events))
+
+    def charge(self, events: Sequence[Event]) -> None:
+        """Write down what is about to be released, then return: call it before training.
+
+        A round that is trained again is charged again. Raises PolicyError where the policy or what
+        is left of its budget does not allow it, and LedgerError where it could not be written down:
+        nothing may leave the site then.
+        """
+        if self._policy:
+            self._policy.admit(self._request)
+        stamped = self._stamped(events) or self._plain()
+        if self._ledger and stamped:
+            self._ledger.append(stamped, self._check)
+        else:
+            self._check([], stamped)
+
+    def _plain(self) -> list[Event]:
+        """The release of a round without noise, which a ledger must not pass over."""
+        if self._config.privacy.on or not self._ledger or not self._ledger.path.exists():
+            return []
+        return self._stamped([Event("none", "record")])
+
+    def _check(self, past: Sequence[Event], new: Sequence[Event]) -> None:
+        if self._policy:
+            self._policy.check_noise(new)
+            if new:
+                self._policy.check_budget(_unit(new), past, new)
+
+    def _stamped(self, events: Sequence[Event]) -> list[Event]:
+        return [replace(e, run=self._run, site=self._site, split=self._split) for e in events]
+
+
+def policy_of(node: NodeConfig) -> Policy | None:
+    """The policy that a node names, None without one; raises ConfigError for one not readable."""
+    return read_policy(Path(node.policy_path).expanduser()) if node.policy_path else None
+
+
+def ledger_path(node: NodeConfig, plan: Mapping[str, Scalar], site: str) -> Path | None:
+    """Where the site's ledger is: one for all runs, in a simulation one for each; None: nowhere."""
+    if node.simulated:
+        return Path(str(plan["state"])) / file_name(site) / LEDGER if "state" in plan else None
+    return Path(node.state_path).expanduser() / LEDGER if node.state_path else None
+
+
+def _unit(events: Sequence[Event]) -> Unit:
+    units = {event.unit for event in events}
+    if len(units) != 1:
+        raise ConfigError(f"Expected releases of one unit in a run, got {sorted(units)}; split it.")
+    return units.pop()
+
+
+def _split(config: Config, node: NodeConfig) -> str:
+    """What decides which of a site's records are held out, as a digest; empty where they may mix.
+
+    With held-out rows of their own a record may be in both files, and one that is held out keeps
+    another one out of training.
+    """
+    if node.eval_path or config.data.eval_source:
+        return ""
+    parts = [config.data.model_dump_json(), str(config.run.seed)]
+    return hashlib.sha256("\n".join(parts).encode("utf-8", "surrogatepass")).hexdigest()[:16]
