@@ -12,11 +12,9 @@ from flower_app.node import NodeConfig
 from flower_app.sitestate import file_name, require_state_path
 from models.section import ConfigError
 from privacy.events import Event, Unit
-from privacy.ledger import Ledger
+from privacy.ledger import FILE, Ledger
 from privacy.policy import Policy, Request, read_policy
 from strategies.messages import Scalar
-
-LEDGER = "ledger.jsonl"
 
 
 class SiteAccount:
@@ -102,6 +100,30 @@ class SiteAccount:
         return [replace(e, run=self._run, site=self._site, split=self._split) for e in events]
 
 
+class ServerAccount:
+    """What the server has released about its sites in all runs of one `run.output-dir`."""
+
+    def __init__(self, config: Config, run: str) -> None:
+        self._run = run
+        self.ledger = server_ledger(config)
+
+    def charge(self, *events: Event) -> None:
+        """Write down what is about to be released: call it before the noise is drawn.
+
+        Raises LedgerError where it could not be written: nothing may be made of the round then.
+        """
+        self.ledger.append([replace(event, run=self._run) for event in events])
+
+    def events(self) -> list[Event]:
+        """What this run has released, rounds that were done twice included."""
+        return [event for event in self.ledger.events() if event.run == self._run]
+
+
+def server_ledger(config: Config) -> Ledger:
+    """The ledger of all runs of an output folder."""
+    return Ledger(Path(config.run.output_dir).expanduser() / FILE)
+
+
 def policy_of(node: NodeConfig) -> Policy | None:
     """The policy that a node names, None without one; raises ConfigError for one not readable."""
     return read_policy(Path(node.policy_path).expanduser()) if node.policy_path else None
@@ -110,8 +132,8 @@ def policy_of(node: NodeConfig) -> Policy | None:
 def ledger_path(node: NodeConfig, plan: Mapping[str, Scalar], site: str) -> Path | None:
     """Where the site's ledger is: one for all runs, in a simulation one for each; None: nowhere."""
     if node.simulated:
-        return Path(str(plan["state"])) / file_name(site) / LEDGER if "state" in plan else None
-    return Path(node.state_path).expanduser() / LEDGER if node.state_path else None
+        return Path(str(plan["state"])) / file_name(site) / FILE if "state" in plan else None
+    return Path(node.state_path).expanduser() / FILE if node.state_path else None
 
 
 def _unit(events: Sequence[Event]) -> Unit:

@@ -15,6 +15,7 @@ from typing import Any
 from privacy.accounting import spent
 from privacy.events import Event, Unit, of_unit
 
+FILE = "ledger.jsonl"
 _BUSY_S = 30.0  # the longest that a process waits for another one to be done with the ledger
 _START = hashlib.sha256(b"florilegium ledger 1").hexdigest()
 
