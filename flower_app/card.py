@@ -51,8 +51,20 @@ A `{config.payload.kind}` payload for `{base}` ({config.model.task}), trained wi
 
 {_warning(config)}Load it with `{use}`. Numbers and plots are in the run's `report.html`.
 {_personal(config)}
-No differential privacy was applied: a payload can reveal something about the rows behind it.
+{_privacy(facts["privacy"])}
 """
+
+
+def _privacy(told: Mapping[str, Any]) -> str:
+    if told["unit"] == "none":
+        return (
+            "No differential privacy was applied: a payload can reveal something about the rows "
+            "behind it."
+        )
+    if told["epsilon"] is None:
+        return "Noise was added, but it guarantees nothing: " + "; ".join(told["assumptions"]) + "."
+    assumed = "\n".join(f"- {assumption}" for assumption in told["assumptions"])
+    return f"Differential privacy: {told['text']}. It rests on this:\n\n{assumed}"
 
 
 def _personal(config: Config) -> str:

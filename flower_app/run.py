@@ -17,9 +17,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from flower_app import compose
+from flower_app.account import ServerAccount
 from flower_app.baselines import run_baselines
 from flower_app.card import model_card
 from flower_app.config import Config
+from flower_app.guarantee import guarantee
 from flower_app.recorder import Recorder, summarise
 from flower_app.report import results_table, write_report
 from flower_app.roster import Member, Roster
@@ -71,7 +73,7 @@ def run(grid: Grid, config: Config) -> RunFolder:
     startup_s = time.monotonic() - started
     start = checkpoint.payload if checkpoint else compose.started(config, payload)
     trained = payload.layout.size + payload.personal_layout.size
-    card = {
+    card: dict[str, Any] = {
         "sites": list(members),
         "trainable_parameters": trained,
         "personal_parameters": payload.personal_layout.size,
@@ -81,6 +83,7 @@ def run(grid: Grid, config: Config) -> RunFolder:
         payload.load(parted(_train(grid, config, strategy, start))[0])
         fold.replace(payload, strategy.fold)
         ended = time.monotonic()
+        card["privacy"] = _guarantee(config, folder, members, facts)
         _save_adapter(config, folder, payload, base.tokenizer, card)
         if config.run.baselines:
             run_baselines(grid, config, members, recorder, folder, initial)
@@ -237,10 +240,18 @@ def _room(path: Path) -> Iterator[None]:
         ) from error
 
 
+def _guarantee(
+    config: Config, folder: RunFolder, members: Mapping[str, Member], facts: Mapping[str, str]
+) -> dict[str, Any]:
+    released = ServerAccount(config, facts["run"]).events() if config.privacy.on else []
+    rows = {member.site: member.rows for member in members.values()}
+    return guarantee(config, folder.rows(), rows, released)
+
+
 def _finish(
     config: Config, folder: RunFolder, facts: Mapping[str, Any], seconds: Mapping[str, float]
 ) -> None:
-    keep = ("trainable_parameters", "personal_parameters", "wall_s", "mode")
+    keep = ("trainable_parameters", "personal_parameters", "wall_s", "mode", "privacy")
     summary = summarise(config, folder.rows(), {key: facts[key] for key in keep})
     summary["seconds"] |= seconds
     with _room(folder.path), replacing(folder.path / "summary.json") as temporary:

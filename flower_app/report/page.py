@@ -13,6 +13,7 @@ from flower_app.report.numbers import clean, count, duration, number, safe, scor
 from flower_app.report.records import Run
 from flower_app.report.style import SHEET
 from flower_app.report.svg import STYLE, inline
+from flower_app.report.table import privacy
 
 # Even if something slipped through the escaping, the browser runs and loads nothing.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
@@ -62,6 +63,7 @@ def render(run: Run) -> str:
 <section>
 <h2>What travelled</h2>
 {_paragraphs(words.travelled(run))}
+{_paragraphs(words.privacy(run), "privacy")}
 </section>
 <section>
 <h2>Rounds and sites</h2>
@@ -118,6 +120,7 @@ def _facts(run: Run) -> str:
         "Error of averaging A and B apart": share(number(summary, "product_gap")),
         "Tokens per second": count(number(summary, "tokens_per_s")),
         "Wall time": duration(number(summary, "wall_s")),
+        "Differential privacy": privacy(summary),
         "Seed": summary.get("seed"),
         "Mode": summary.get("mode"),
     }

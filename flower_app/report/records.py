@@ -209,6 +209,7 @@ def _so_far(
         "bytes_down_per_round": _mean(rounds, "bytes_down"),
         "bytes_up_per_round": _mean(rounds, "bytes_up"),
         "product_gap": _mean(rounds, "product_gap"),
+        "privacy": {"unit": config.get("privacy", {}).get("unit", "none")},
         "wall_s": sum(number(row, "wall_s") or 0.0 for row in rounds) if rounds else None,
     }
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from flower_app.report.numbers import count, duration, number, plural, score, size
+from privacy.statement import shown
 
 ROWS = (
     ("zero_shot", "Before training"),
@@ -49,6 +50,17 @@ def results_table(summary: Mapping[str, Any]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
+def privacy(summary: Mapping[str, Any]) -> str:
+    """Epsilon with its unit and delta in a few words; empty without differential privacy."""
+    told = summary.get("privacy")
+    if not isinstance(told, Mapping) or told.get("unit") not in ("record", "client"):
+        return ""
+    epsilon, delta = number(told, "epsilon"), number(told, "delta")
+    if epsilon is None or delta is None:
+        return f"no epsilon is known (unit {told['unit']})"
+    return f"epsilon {shown(epsilon)} per {told['unit']}, delta {delta:.3g}"
+
+
 def _figures(summary: Mapping[str, Any]) -> list[str]:
     down = size(number(summary, "bytes_down_per_round"))
     up = size(number(summary, "bytes_up_per_round"))
@@ -57,6 +69,8 @@ def _figures(summary: Mapping[str, Any]) -> list[str]:
         f"{'Speed':<26}{count(number(summary, 'tokens_per_s'))} tokens/s",
         f"{'Wall time':<26}{duration(number(summary, 'wall_s'))}",
     ]
+    if said := privacy(summary):
+        lines.append(f"{'Privacy':<26}{said}")
     refused = summary.get("quarantined")
     if refused:
         lines.append(f"{'Left out':<26}{plural(len(refused), 'reply', 'replies')}")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from flower_app.report.figures import MOST_SITES
 from flower_app.report.numbers import count, duration, number, plural, score, size
 from flower_app.report.records import Run
+from privacy.statement import shown
 
 MEANING = {
     "perplexity": "how many tokens the model hesitates between, on average; lower is better",
@@ -99,7 +102,7 @@ def travelled(run: Run) -> list[str]:
         said.append(
             f"Rows of data stayed at the sites. In each round a site received {amount} {what} "
             f"(payload kind “{payload}”) and sent back how its training changed them, with a "
-            "report of numbers: its training rows, losses, times and counts, kept in metrics.jsonl."
+            f"report of numbers: {_reported(run)}, kept in metrics.jsonl."
         )
         if kept:
             said.append(
@@ -114,10 +117,6 @@ def travelled(run: Run) -> list[str]:
             f"Of what went to the sites, {size(fold)} per round was the change of the frozen "
             "weights by which the rule aggregates exactly."
         )
-    said.append(
-        "Trained parameters can carry traces of the rows they were trained on. This page makes no "
-        "claim of differential privacy."
-    )
     if run.summary.get("mode") == "simulation":
         said.append("This run was a simulation: all sites were processes on one machine.")
         if run.summary.get("central"):
@@ -126,6 +125,43 @@ def travelled(run: Run) -> list[str]:
                 "steps as one site takes, so that the sites together saw more rows than it did; "
                 "nothing of that went into the federated model."
             )
+    return said
+
+
+def _reported(run: Run) -> str:
+    if _unit(run) == "record":
+        return "its training rows, times and steps, and scores as far as they have noise"
+    return "its training rows, losses, times and counts"
+
+
+def _unit(run: Run) -> str:
+    told = run.summary.get("privacy")
+    unit = told.get("unit") if isinstance(told, Mapping) else None
+    return str(unit) if unit in ("record", "client") else "none"
+
+
+def privacy(run: Run) -> list[str]:
+    """What the run guarantees and on what that rests, or that it guarantees nothing."""
+    told, unit = run.summary.get("privacy"), _unit(run)
+    if not isinstance(told, Mapping) or unit == "none":
+        return [
+            "Trained parameters can carry traces of the rows they were trained on. This page makes "
+            "no claim of differential privacy."
+        ]
+    if not run.finished:
+        return [f"Noise protects each {unit}; what it guarantees is accounted at the end."]
+    assumed = told.get("assumptions")
+    rests = "; ".join(str(entry) for entry in assumed) if isinstance(assumed, list) else "unknown"
+    if number(told, "epsilon") is None:
+        return [f"Noise was added, but no epsilon is guaranteed: {rests}."]
+    said = [f"Differential privacy: {told.get('text')}.", f"It rests on this: {rests}."]
+    sites = told.get("sites")
+    known = [e for site in sites if (e := number(sites, site)) is not None] if sites else []
+    if isinstance(sites, Mapping) and len(known) > 1:
+        said.append(
+            f"The {unit}s of the sites spent between {shown(min(known))} and "
+            f"{shown(max(known))}, by their rows and the rounds in which they were asked."
+        )
     return said
 
 

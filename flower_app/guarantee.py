@@ -1,0 +1,66 @@
+"""What a run guarantees, as its summary, report and model card say it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from flower_app.config import Config
+from flower_app.releases import releases
+from privacy.events import Event, Unit
+from privacy.statement import Statement, state
+
+_OF_ONE_RUN = "this run alone: ledgers add up the runs on the same rows"
+
+
+def guarantee(
+    config: Config,
+    metrics: Iterable[Mapping[str, Any]],
+    rows: Mapping[str, int],
+    released: Sequence[Event],
+) -> dict[str, Any]:
+    """The epsilon of a run for `summary.json`; only the unit, `none`, without privacy.
+
+    `metrics` are the rows of metrics.jsonl, which tell the rounds that each site was asked in,
+    `rows` the rows of each site, `released` the server's own events. Sites' epsilons are what the
+    configuration leads to: a site's ledger also counts what it trained twice. The largest of them
+    is the run's.
+    """
+    unit = config.privacy.unit
+    if unit == "none":
+        return {"unit": unit}
+    sites = {} if released else _of_sites(config, unit, metrics, rows)
+    if released:
+        worst = state(released, unit, config.privacy.delta)
+    else:
+        worst = max(sites.values(), key=lambda told: told.epsilon, default=None) or state(
+            [], unit, config.privacy.delta
+        )
+    told = worst.as_dict()
+    told["assumptions"] += [_OF_ONE_RUN]
+    told["text"] = str(worst)
+    told["sites"] = {site: found.as_dict()["epsilon"] for site, found in sites.items()}
+    return told
+
+
+def _of_sites(
+    config: Config, unit: Unit, metrics: Iterable[Mapping[str, Any]], rows: Mapping[str, int]
+) -> dict[str, Statement]:
+    """The statement of each site that was asked to train; equal sites are accounted once."""
+    asked: dict[str, set[int]] = defaultdict(set)
+    for row in metrics:
+        if row["kind"] == "site" and row["status"] != "refused":
+            asked[str(row["site"])].add(int(row["round"]))
+            if isinstance(row.get("examples"), int):
+                rows = {**rows, str(row["site"]): row["examples"]}
+    known: dict[tuple[int, int], Statement] = {}
+    for site, rounds in asked.items():
+        if site in rows and (rows[site], len(rounds)) not in known:
+            events = releases(config, rows[site], sorted(rounds))
+            known[rows[site], len(rounds)] = state(events, unit, config.privacy.delta)
+    return {
+        site: known[rows[site], len(rounds)]
+        for site, rounds in sorted(asked.items())
+        if site in rows
+    }

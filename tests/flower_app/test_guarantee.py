@@ -1,0 +1,140 @@
+"""What a run guarantees, in its summary, report, model card and on the terminal."""
+
+from __future__ import annotations
+
+import html
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flower_app.account import ServerAccount
+from flower_app.card import model_card
+from flower_app.config import parse
+from flower_app.guarantee import guarantee
+from flower_app.report import read_run, results_table, words, write_report
+from privacy.accounting import epsilon, spent
+from privacy.events import Event
+from tests.flower_app.nodes import Nodes
+from tests.flower_app.report_runs import make_run
+
+DP: dict[str, Any] = {"privacy__unit": "record", "privacy__noise_multiplier": 2.0}
+ROWS = {"east": 20, "north": 40, "west": 20, "never-asked": 4}
+
+
+def site(name: str, round_: int, status: str = "ok", **more: Any) -> dict[str, Any]:
+    return {"kind": "site", "site": name, "round": round_, "status": status, **more}
+
+
+METRICS = [
+    {"kind": "round", "round": 1},
+    site("refused", 0, "refused"),
+    *[site("east", round_) for round_ in (1, 2, 3)],
+    site("north", 1, examples=40), site("north", 2, "missing"), site("north", 3),
+    site("west", 2), site("west", 2),
+]  # fmt: skip
+
+
+def of(nodes: Nodes, released: list[Event] | None = None, **keys: Any) -> dict[str, Any]:
+    told = guarantee(parse(nodes.flat(**keys)), METRICS, ROWS, released or [])
+    return dict(json.loads(json.dumps(told)))  # as a file gives it back
+
+
+def test_a_plain_run_guarantees_nothing(nodes: Nodes) -> None:
+    assert of(nodes) == {"unit": "none"}
+
+
+def test_the_worst_site_is_the_runs_epsilon(nodes: Nodes) -> None:
+    told = of(nodes, **DP)
+    assert told["sites"] == {
+        "east": epsilon(2.0, 4 / 20, 6, 1e-5),
+        "north": epsilon(2.0, 4 / 40, 6, 1e-5),  # asked, if not heard: it may have trained
+        "west": epsilon(2.0, 4 / 20, 2, 1e-5),
+    }
+    assert told["epsilon"] == told["sites"]["east"] == max(told["sites"].values())
+    assert (told["unit"], told["delta"], told["relation"], told["accountant"]) == (
+        "record", 1e-5, "zero-out", "PLD",
+    )  # fmt: skip
+    assert "this run alone" in told["assumptions"][-1]
+
+
+def test_noise_at_the_server_is_taken_from_its_ledger(nodes: Nodes, tmp_path: Path) -> None:
+    keys: dict[str, Any] = {
+        "privacy__unit": "client", "privacy__noise_multiplier": 3.0,
+        "run__output_dir": str(tmp_path / "runs"),
+    }  # fmt: skip
+    config = parse(nodes.flat(**keys))
+    event = Event("gaussian", "client", 3.0, 0.5, noise_at="server")
+    for run in ("a-run", "another"):
+        account = ServerAccount(config, run)
+        for round_ in (1, 2):
+            account.charge(replace(event, round=round_))
+    assert len(account.ledger.events()) == 4
+    told = of(nodes, ServerAccount(config, "a-run").events(), **keys)
+    assert told["epsilon"] == spent([event] * 2, 1e-5)
+    assert told["sites"] == {}
+    assert any("server adds the noise" in said for said in told["assumptions"])
+
+
+@pytest.fixture
+def card(nodes: Nodes) -> Any:
+    def written(told: dict[str, Any], **keys: Any) -> str:
+        facts = {"sites": ["a"], "rounds": 2, "trainable_parameters": 5, "base": "c0ffee"}
+        return model_card(parse(nodes.flat(**keys)), facts | {"privacy": told})
+
+    return written
+
+
+def test_the_model_card_says_what_is_true(nodes: Nodes, card: Any) -> None:
+    assert "No differential privacy was applied" in card({"unit": "none"})
+    told = of(nodes, **DP)
+    text = card(told, **DP)
+    assert f"Differential privacy: {told['text']}. It rests on this:" in text
+    assert all(f"- {assumption}\n" in text + "\n" for assumption in told["assumptions"])
+    assert "No differential" not in text
+    nothing = of(nodes, [Event("none", "client", noise_at="server")], **DP)
+    assert nothing["epsilon"] is None
+    assert "it guarantees nothing" in card(nothing)
+
+
+def test_the_report_and_the_terminal_say_it_too(nodes: Nodes, tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    summary = json.loads((folder / "summary.json").read_text("utf-8"))
+    plain = write_report(folder).read_text("utf-8")
+    assert "no claim of differential privacy" in plain
+    assert "Privacy  " not in results_table(summary)
+
+    told = of(nodes, **DP)
+    summary["privacy"] = told
+    (folder / "summary.json").write_text(json.dumps(summary), "utf-8")
+    page = html.unescape(write_report(folder).read_text("utf-8"))
+    assert "no claim of differential privacy" not in page
+    assert f"Differential privacy: {told['text']}." in page
+    assert all(assumption in page for assumption in told["assumptions"])
+    assert "The records of the sites spent between" in page
+    assert "losses, times and counts" not in page
+    lines = [line for line in results_table(summary).splitlines() if line.startswith("Privacy")]
+    assert len(lines) == 1 and "per record, delta 1e-05" in lines[0]
+    assert 0 <= float(lines[0].split()[2]) / told["epsilon"] - 1 < 0.01  # rounded up, never down
+
+
+@pytest.mark.parametrize(
+    "told",
+    ["yes", 3, None, {}, {"unit": "none"}, {"unit": "token", "epsilon": 1.0}, {"unit": ["record"]}],
+)
+def test_a_report_claims_nothing_that_it_does_not_know(tmp_path: Path, told: object) -> None:
+    folder = make_run(tmp_path / "run")
+    summary = json.loads((folder / "summary.json").read_text("utf-8")) | {"privacy": told}
+    (folder / "summary.json").write_text(json.dumps(summary), "utf-8")
+    assert "no claim of differential privacy" in words.privacy(read_run(folder))[0]
+    assert "Privacy" not in results_table(summary)
+
+
+def test_a_run_that_has_not_ended_states_no_epsilon(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", finished=False)
+    config = folder / "config.toml"
+    config.write_text(config.read_text("utf-8") + '\n[privacy]\nunit = "record"\n', "utf-8")
+    said = words.privacy(read_run(folder))
+    assert said == ["Noise protects each record; what it guarantees is accounted at the end."]
