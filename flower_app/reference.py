@@ -20,6 +20,7 @@ from flower_app.config import sections
 from flower_app.node import NodeConfig
 from models import payload
 from models.section import Section
+from privacy.policy import Policy
 from strategies import registry
 from strategies.attacks import registry as attacks
 
@@ -33,6 +34,7 @@ def markdown() -> str:
     for name, cls in sections().items():
         parts.append(f"## `{name}.*`\n\n{_table(cls, f'{name}.')}")
     parts.append(_NODE + _table(NodeConfig, ""))
+    parts.append(_POLICY + _table(Policy, ""))
     return "\n".join(parts)
 
 
@@ -72,9 +74,18 @@ def _table(cls: type[Section], prefix: str) -> str:
 
 
 def _type(info: FieldInfo) -> str:
-    options = typing.get_args(info.annotation)
-    kind: Any = type(options[0]) if options else info.annotation
+    annotation = _given(info)
+    if typing.get_origin(annotation) is list:
+        return "list of strings"
+    options = typing.get_args(annotation)
+    kind: Any = type(options[0]) if options else annotation
     return {"str": "string", "int": "integer", "float": "number", "bool": "boolean"}[kind.__name__]
+
+
+def _given(info: FieldInfo) -> Any:
+    """The type of a value where there is one: without the None of a key that may be left out."""
+    kinds = [kind for kind in typing.get_args(info.annotation) if kind is not type(None)]
+    return kinds[0] if type(None) in typing.get_args(info.annotation) else info.annotation
 
 
 def _choices(key: str, info: FieldInfo) -> str:
@@ -84,7 +95,9 @@ def _choices(key: str, info: FieldInfo) -> str:
         "strategy.pre": sorted(registry.PRE),
         "strategy.server-optimizer": sorted(registry.SERVER_OPTIMIZERS),
         "attack.name": list(attacks.ATTACKS),
-    }.get(key) or list(typing.get_args(info.annotation))
+    }.get(key)
+    if not named and typing.get_origin(_given(info)) is typing.Literal:
+        named = list(typing.get_args(_given(info)))
     if named:
         return ", ".join(f"`{name}`" for name in named)
     bounds = [
@@ -153,6 +166,14 @@ _NODE = """## Node config
 What the operator of a site gives its SuperNode, as
 `flower-supernode --node-config 'site="north" data-path="/data/notes.jsonl"'`. Nothing of it leaves
 the site but the name and a rank below `payload.rank`.
+
+"""
+
+
+_POLICY = """## Policy of a site
+
+A TOML file at the site, which its node config names as `policy-path`; [privacy.md](privacy.md) says
+how it is applied. A key that is left out (`null`) forbids nothing.
 
 """
 
