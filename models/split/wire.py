@@ -1,7 +1,7 @@
 """Hidden states and their gradients as bytes: floats, or whole numbers with a scale per token.
 
-A frame is a header of 16 bytes, for whole numbers the scales (float16), and the values. Nothing in a
-frame is trusted: sizes are checked against what is there before anything is allocated.
+A frame is a header of 16 bytes, for whole numbers the scales (float16), and the values. Nothing in
+it is trusted: sizes are checked against what is there before anything is allocated.
 """
 
 from __future__ import annotations
