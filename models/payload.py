@@ -40,7 +40,7 @@ class Payload:
     ) -> None:
         self.kind = kind
         self.module = module
-        trained = {_plain(n): p for n, p in module.named_parameters() if p.requires_grad}
+        trained = {plain(n): p for n, p in module.named_parameters() if p.requires_grad}
         self.parameters: dict[str, nn.Parameter] = dict(sorted(trained.items()))
         kept = personal_names(list(self.parameters), personal, fresh_modules)
         self.shared = {n: p for n, p in self.parameters.items() if n not in kept}
@@ -95,7 +95,7 @@ class Payload:
             self.module.save_pretrained(folder)
         else:
             self.module.save_pretrained(folder, save_embedding_layers=False)
-            _sort_lists(folder / "adapter_config.json")
+            sort_lists(folder / "adapter_config.json")
             if self.fold:
                 widen(self, folder)
 
@@ -124,7 +124,7 @@ def virtual_tokens(module: Any) -> int:
     return int(settings.num_virtual_tokens or 0)
 
 
-def _sort_lists(path: Path) -> None:
+def sort_lists(path: Path) -> None:
     """PEFT writes sets of module names in an order that changes with every process."""
     settings = json.loads(path.read_text())
     for value in settings.values():
@@ -156,7 +156,7 @@ def attach(
     # Values such as rank and module names only meet the architecture here, inside PEFT.
     try:
         with seeded(seed):
-            settings = _peft_config(config, model, task, fresh_modules)
+            settings = peft_config(config, model, task, fresh_modules)
             module = peft.get_peft_model(model, settings)
             if config.kind in ("soft-prompt", "prefix"):
                 _start_prompt(module, config, tokenizer)
@@ -203,7 +203,7 @@ def _keep_heads_precise(module: nn.Module) -> None:
 def _require_trained(module: nn.Module, names: Sequence[str], kind: str) -> None:
     """Refuse methods that neither train nor save a head that was drawn at random."""
     for name in names:
-        owned = [p for n, p in module.named_parameters() if f".{name}." in f".{_plain(n)}"]
+        owned = [p for n, p in module.named_parameters() if f".{name}." in f".{plain(n)}"]
         if not any(parameter.requires_grad for parameter in owned):
             raise ConfigError(
                 f"Expected payload.kind={kind!r} to train the new module {name!r} of this task, "
@@ -211,7 +211,7 @@ def _require_trained(module: nn.Module, names: Sequence[str], kind: str) -> None
             )
 
 
-def _plain(name: str) -> str:
+def plain(name: str) -> str:
     """Parameter name without PEFT's adapter name and wrappers, stable across PEFT versions."""
     parts = [part for part in name.split(".") if part not in ("default", "modules_to_save")]
     return ".".join(parts)
@@ -282,9 +282,10 @@ def prompting(kind: str) -> bool:
     )
 
 
-def _peft_config(
+def peft_config(
     config: PayloadConfig, model: PreTrainedModel, task: str, fresh_modules: Sequence[str]
 ) -> PeftConfig:
+    """PEFT's own configuration of a payload; raises ConfigError for unknown kinds and options."""
     options = check_kind(config)
     cls = _config_class(config.kind)
     _, special = _KINDS.get(config.kind, ("", _nothing_special))

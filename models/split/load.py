@@ -22,7 +22,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from models.base import seeded
+from models.config import PayloadConfig
 from models.section import ConfigError
+from models.split.adapter import adapt, before_adapting, start
 from models.split.cut import Part, Parts, cut
 
 PartName = Literal["head", "middle", "tail"]
@@ -47,25 +49,37 @@ def load_parts(
     *,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
+    payload: PayloadConfig | None = None,
 ) -> dict[PartName, Part]:
     """Read parts of the model in a folder, and nothing else, onto the CPU.
 
-    A class head that the folder lacks is drawn from `seed`. Raises ConfigError for a model that
-    cannot be cut, and for a folder without the tensors of these parts.
+    With a `payload`, LoRA is attached as to the whole. Its factors, and a class head that the
+    folder lacks, are drawn from `seed`. Raises ConfigError for a model that cannot be cut, and for
+    a folder without the tensors of these parts.
     """
-    model, parts = empty(folder, cuts, dtype)
+    model, parts = empty(folder, cuts, dtype, payload)
     chosen: dict[PartName, Part] = {name: getattr(parts, name) for name in wanted}
     with _opened(folder) as files:
         have = _Checkpoint(files, model, dtype)
         for part in chosen.values():
-            missing = [name for name, _ in part.named_parameters() if not have.fill(part, name)]
+            start(part, seed)
+            missing = [
+                name
+                for name, parameter in part.named_parameters()
+                if parameter.is_meta and not have.fill(part, name)
+            ]
             _draw(model, part, missing, folder, cuts, seed)
     for part in chosen.values():
         part.eval()
     return chosen
 
 
-def empty(folder: Path, cuts: Cuts, dtype: torch.dtype = torch.float32) -> tuple[Any, Parts]:
+def empty(
+    folder: Path,
+    cuts: Cuts,
+    dtype: torch.dtype = torch.float32,
+    payload: PayloadConfig | None = None,
+) -> tuple[Any, Parts]:
     """The whole model and its parts without any weights; raises ConfigError."""
     try:
         config = AutoConfig.from_pretrained(folder)
@@ -83,6 +97,8 @@ def empty(folder: Path, cuts: Cuts, dtype: torch.dtype = torch.float32) -> tuple
     )
     with init_empty_weights(include_buffers=False):  # buffers are computed, not read
         model = auto.from_config(config, dtype=dtype)
+    if payload is not None:
+        adapt(model, payload, cuts.task)
     return model, cut(model, cuts.head_blocks, cuts.tail_blocks)
 
 
@@ -125,6 +141,7 @@ class _Checkpoint:
 
     def key(self, name: str) -> str | None:
         """What the folder calls a tensor, None where it lacks it; tied ones are one tensor."""
+        name = before_adapting(name)
         name = self._tied.get(name, name)
         # Checkpoints of a bare backbone, as of sentence encoders, leave its prefix out.
         for known in (name, name.removeprefix(self._prefix)):
@@ -146,6 +163,7 @@ class _Checkpoint:
         owner = part.get_submodule(where)
         if key not in self._filled:
             self._filled[key] = nn.Parameter(self.read(key).to(self._dtype))
+        found = self._filled[key]
         expected = getattr(owner, last).shape
         if self._filled[key].shape != expected:
             raise ConfigError(
@@ -153,7 +171,9 @@ class _Checkpoint:
                 f"{tuple(self._filled[key].shape)}; copy the folder again, or set model.num-labels "
                 "to the classes of its head."
             )
-        setattr(owner, last, self._filled[key])
+        if ".modules_to_save." in name:  # a copy, which is trained beside the original
+            found = nn.Parameter(found.detach().clone())
+        setattr(owner, last, found)
         return True
 
     def tensors_of(self, part: Part) -> dict[str, Tensor]:

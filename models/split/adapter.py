@@ -1,0 +1,109 @@
+"""LoRA across the cut: attached to the whole model before it is cut, joined to one adapter after.
+
+The whole model is there without weights when it is cut, so that every part carries the layers
+that PEFT would give the whole, under the same names, and starts them from the same values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from peft import PeftConfig
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from models.base import seeded
+from models.config import PayloadConfig
+from models.payload import peft_config, plain, sort_lists
+from models.section import ConfigError
+from models.seeds import derive
+from models.split.cut import Part
+
+_WRAPPER = "base_model.model."
+
+
+def adapt(model: Any, config: PayloadConfig, task: str) -> PeftConfig:
+    """Attach LoRA to a whole model without weights, in place; raises ConfigError."""
+    if config.kind != "lora":
+        raise ConfigError(
+            f"Expected payload.kind='lora' in the parts of a split model, got {config.kind!r}; "
+            "set it, or train the parts in full."
+        )
+    classes = ("classifier",) if task == "classification" else ()
+    settings = peft_config(config, model, task, classes)
+    try:
+        peft.get_peft_model(model, settings)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ConfigError(
+            f"Expected LoRA to fit a {type(model).__name__}, but it does not ({error}); change "
+            "payload.target-modules or payload.options."
+        ) from error
+    return settings
+
+
+def start(part: Part, seed: int) -> None:
+    """Draw the LoRA factors of a part, each from the seed and its module's name in the whole."""
+    for name, layer in part.named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        for factor in _factors(layer):
+            if factor.weight.is_meta:
+                factor.to_empty(device="cpu")
+        with seeded(derive(seed, "lora", part.name_in_whole(name))):
+            layer.reset_lora_parameters("default", init_lora_weights=True)
+
+
+def _factors(layer: LoraLayer) -> list[Any]:
+    return [layer.lora_A["default"], layer.lora_B["default"]]
+
+
+def before_adapting(name: str) -> str:
+    """What the bare model calls a tensor that PEFT wrapped."""
+    for wrapper in (".base_layer", ".original_module", ".modules_to_save.default"):
+        name = name.replace(f"{wrapper}.", ".")
+    return name
+
+
+def train_only(part: Part, what: str) -> None:
+    """Let gradients flow to a part's LoRA factors and new head (`lora`), to all of it but those
+    factors (`full`), or to nothing (`none`).
+    """
+    for name, parameter in part.named_parameters():
+        factor = ".lora_" in name
+        head = ".modules_to_save." in name
+        chosen = {"none": False, "lora": factor or head, "full": not factor}
+        parameter.requires_grad_(chosen[what])
+
+
+def factors(part: Part) -> dict[str, Tensor]:
+    """Copies of what a part trains, by the names that the whole model's adapter has for it."""
+    return {name: p.detach().cpu().clone() for name, p in _trained(part).items()}
+
+
+@torch.no_grad()
+def load_factors(part: Part, tensors: Mapping[str, Tensor]) -> None:
+    """Write what `factors` gave into a part; raises KeyError for a name that is missing."""
+    for name, parameter in _trained(part).items():
+        parameter.copy_(tensors[name])
+
+
+def _trained(part: Part) -> dict[str, nn.Parameter]:
+    return {
+        plain(part.name_in_whole(name)): parameter
+        for name, parameter in part.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def join(tensors: Mapping[str, Tensor], settings: PeftConfig, folder: Path) -> None:
+    """Write the factors of all parts as one PEFT adapter for the whole model."""
+    folder.mkdir(parents=True, exist_ok=True)
+    settings.save_pretrained(str(folder))
+    sort_lists(folder / "adapter_config.json")
+    named = {_WRAPPER + name: tensors[name].contiguous() for name in sorted(tensors)}
+    save_file(named, folder / "adapter_model.safetensors", {"format": "pt"})
