@@ -18,11 +18,12 @@ from torch import Tensor
 
 from flower_app import baselines, compose
 from flower_app.account import SiteAccount
+from flower_app.conditions import check_node
 from flower_app.config import Config, parse
 from flower_app.data.source import DataError
 from flower_app.node import NodeConfig, parse_node, versions
 from flower_app.recorder import score_fields
-from flower_app.releases import releases
+from flower_app.releases import evaluations, planned, releases
 from flower_app.siteround import SiteRound
 from flower_app.sitestate import require_state_path
 from flower_app.worker import Worker, pad_token, steps_per_round, worker_name
@@ -63,7 +64,7 @@ def answering(name: str) -> Callable[[Handler], Callable[[Message, Context], Mes
             node = None
             try:
                 config, node = parse(context.run_config), parse_node(context.node_config)
-                _check_attack(config, node)
+                check_node(config, node)
                 content = handler(message, config, node)
             except _EXPLAINED as error:
                 log(ERROR, "%s", error)
@@ -79,14 +80,6 @@ def answering(name: str) -> Callable[[Handler], Callable[[Message, Context], Mes
         return answer
 
     return decorate
-
-
-def _check_attack(config: Config, node: NodeConfig) -> None:
-    if config.attack.name != "none" and not node.simulated:
-        raise ConfigError(
-            f"Expected attack.name='none' at a deployed site, got {config.attack.name!r}; attacks "
-            "are for simulations only."
-        )
 
 
 def _refusal(error: Exception, node: NodeConfig | None) -> ConfigRecord:
@@ -141,12 +134,14 @@ def on_roll_call(message: Message, config: Config, node: NodeConfig) -> RecordDi
     compose.site_rank(config, node)
     base, _ = _WORKER.model(config, node)
     site = _WORKER.site(config, node)
+    if config.privacy.unit == "record":
+        _WORKER.per_sample(config, node, round_=1)
     log(INFO, "%s: %d rows, %d held out; %s", site.name, site.rows, site.held_out_rows, site.notes)
     log(INFO, "%s: base model %s", site.name, base.digest)
     question = _plan(message, "question")
     left = range(int(str(question.get("done", 0))) + 1, config.run.rounds + 1)
     account = SiteAccount(config, node, question, site=site.name, rows=site.rows, base=base.digest)
-    account.planned(releases(config, site.rows, left), rounds=len(left))
+    account.planned(planned(config, site.rows, left), rounds=len(left))
     member = ConfigRecord(
         {
             "site": site.name,
@@ -176,33 +171,37 @@ def on_train(message: Message, config: Config, node: NodeConfig) -> RecordDict:
     account = SiteAccount(config, node, plan, site=site.name, rows=site.rows, base=base.digest)
     account.charge(releases(config, site.rows, [round_]))
     loaded = time.perf_counter()
-    before = _WORKER.score(config, site, payload, pad_token(base))
+    before = _WORKER.released(config, site, payload, pad_token(base), round_, "before")
     backdoor = _WORKER.backdoor(config, site, payload)
     personal = work.personal_score(
         before, lambda: _WORKER.score(config, site, payload, pad_token(base))
     )
     scored = time.perf_counter()
-    outcome = work.train()
+    private = config.privacy.unit == "record"
+    outcome = work.train(_WORKER.per_sample(config, node, round_) if private else "")
     trained = time.perf_counter()
     after = Score()
     if config.train.score_after:
-        after = _WORKER.score(config, site, payload, pad_token(base))
+        after = _WORKER.released(config, site, payload, pad_token(base), round_, "after")
     delta = work.finish()
     report: dict[str, Scalar] = {
         "round": round_,
         "layout": plan["layout"],
         "num-examples": site.rows,
         "examples": site.rows,
-        "train_loss": outcome.loss,
         "steps": outcome.steps,
-        "tokens": outcome.tokens,
-        "useful_tokens": outcome.useful_tokens,
         "load_s": loaded - started,
         "train_s": trained - scored,
         "eval_s": (scored - loaded) + (time.perf_counter() - trained),
         "base_reads": _WORKER.bases.reads,
         "worker": worker_name(),
     }
+    if not private:  # what they say of single records has no noise
+        report |= {
+            "train_loss": outcome.loss,
+            "tokens": outcome.tokens,
+            "useful_tokens": outcome.useful_tokens,
+        }
     report |= {"rank": work.rank} if work.rank < config.payload.rank else {}
     report |= score_fields("before", before) | score_fields("after", after)
     report |= score_fields("backdoor", backdoor) if backdoor.rows else {}
@@ -218,8 +217,12 @@ def on_evaluate(message: Message, config: Config, node: NodeConfig) -> RecordDic
     site = _WORKER.site(config, node)
     plan = _plan(message)
     received = _received(message, payload)
-    work = SiteRound(config, node, payload, site, received, plan, done=int(str(plan["round"])))
-    score = _WORKER.score(config, site, payload, pad_token(base))
+    done = int(str(plan["round"]))
+    work = SiteRound(config, node, payload, site, received, plan, done)
+    if releasing := evaluations(config, done):
+        account = SiteAccount(config, node, plan, site=site.name, rows=site.rows, base=base.digest)
+        account.charge(releasing)
+    score = _WORKER.released(config, site, payload, pad_token(base), done, "evaluation")
     backdoor = _WORKER.backdoor(config, site, payload)
     personal = work.personal_score(
         score, lambda: _WORKER.score(config, site, payload, pad_token(base))

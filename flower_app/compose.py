@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from flower_app.adversary import Adversary
+from flower_app.conditions import check_records
 from flower_app.config import Config
 from flower_app.data import poison
 from flower_app.data.format import prompt_maker
@@ -18,6 +19,8 @@ from models.layout import Layout
 from models.payload import Payload, prompting
 from models.section import ConfigError
 from models.seeds import derive
+from privacy import noise
+from privacy.noise import Source
 from strategies import control, registry
 from strategies.attacks import registry as attacks
 from strategies.attacks.registry import Attack
@@ -47,12 +50,24 @@ def check_names(config: Config) -> None:
 
 
 def check_privacy(config: Config) -> None:
-    """Refuse guarantees that this version cannot give; raises ConfigError."""
-    if config.privacy.on:
+    """Refuse guarantees that would not hold, or that this version cannot give.
+
+    Raises ConfigError.
+    """
+    if config.privacy.unit == "client":
         raise ConfigError(
-            f"Expected privacy.unit='none', got {config.privacy.unit!r}; this version trains "
-            "without differential privacy."
+            "Expected privacy.unit='none' or 'record', got 'client'; this version trains without "
+            "client-level differential privacy."
         )
+    if config.privacy.unit == "record":
+        check_records(config)
+
+
+def noise_source(config: Config, *purpose: str | int) -> Source:
+    """Where noise for `purpose` comes from; the same purpose repeats only what is seeded."""
+    if config.privacy.noise_source == "seeded":
+        return noise.seeded(config.run.seed, *purpose)
+    return noise.secure()
 
 
 def _check_factors(config: Config) -> None:
@@ -220,7 +235,8 @@ def model_key(config: Config, path: str) -> str:
     if config.model.task == "classification":  # whose classes may be counted in the data
         parts.append(config.data.model_dump_json())
     parts += [personal(config), _frozen(config)]
-    return "\n".join([*parts, config.train.packing, str(config.run.seed), path])
+    parts += [config.train.packing, config.privacy.unit]
+    return "\n".join([*parts, str(config.run.seed), path])
 
 
 def load_base(config: Config, path: str = "") -> Base:
@@ -253,6 +269,7 @@ def packs(config: Config, loaded: Base) -> bool:
     """
     wanted = config.train.packing
     possible = config.model.task == "causal-lm" and not prompting(config.payload.kind)
+    possible = possible and config.privacy.unit != "record"
     if wanted == "off" or not possible:
         return False
     able = attention.enable(loaded.model)

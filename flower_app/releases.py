@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from flower_app.config import Config
@@ -36,18 +36,46 @@ def record_plan(config: Config, rows: int) -> RecordPlan:
 
 
 def releases(config: Config, rows: int, rounds: Iterable[int]) -> list[Event]:
-    """What a site with `rows` records releases about them in `rounds`; nothing without DP."""
+    """What a site with `rows` records releases in training in `rounds`; nothing without DP."""
     if config.privacy.unit != "record":
         return []
     plan = record_plan(config, rows)
-    return [
-        Event(
-            "gaussian",
-            "record",
-            plan.noise_multiplier,
-            plan.sample_rate,
-            plan.steps,
-            round=round_,
-        )
-        for round_ in rounds
-    ]
+    found = []
+    for round_ in rounds:
+        noise, rate = plan.noise_multiplier, plan.sample_rate
+        found.append(Event("gaussian", "record", noise, rate, plan.steps, round=round_))
+        found += _scored(config, round_, _scores(config))
+    return found
+
+
+def evaluations(config: Config, round_: int) -> list[Event]:
+    """What a site releases when it is asked for the score of the payload after a round."""
+    return _scored(config, round_, 1)
+
+
+def planned(config: Config, rows: int, rounds: Sequence[int]) -> list[Event]:
+    """All that a site with `rows` records is to release in the rounds still to come."""
+    first = evaluations(config, 0) if config.strategy.fraction < 1 and 1 in rounds else []
+    return [*first, *releases(config, rows, rounds), *evaluations(config, config.run.rounds)]
+
+
+def metrics_noise(config: Config) -> float:
+    """Noise multiplier of scores on held-out rows, calibrated for all of a run where not given."""
+    privacy = config.privacy
+    if privacy.metrics_noise_multiplier:
+        return privacy.metrics_noise_multiplier
+    beside = 2 if config.strategy.fraction < 1 else 1  # at the end, and before the first round
+    count = _scores(config) * config.run.rounds + beside
+    return calibrate(privacy.epsilon, privacy.delta, 1.0, count)
+
+
+def _scored(config: Config, round_: int, count: int) -> list[Event]:
+    if config.privacy.unit != "record" or config.privacy.metrics != "noised":
+        return []
+    noise = metrics_noise(config)
+    return [Event("gaussian", "record", noise, 1.0, count, part="held-out", round=round_)]
+
+
+def _scores(config: Config) -> int:
+    """Scores that a site sends with what it trained."""
+    return 1 + config.train.score_after

@@ -9,6 +9,7 @@ from torch import Tensor
 from flower_app import compose
 from flower_app.config import Config
 from flower_app.node import NodeConfig
+from flower_app.recordlevel import Private, private
 from flower_app.sitestate import Groups, site_state
 from flower_app.worker import Site, steps_per_round, train_round
 from models.evaluate import Score
@@ -57,6 +58,7 @@ class SiteRound:
         counted = min(done, int(plan.get("counted", done)))
         self._kept: Groups = self._state.after(counted) if self._state else {}
         self._keeps: Groups = {}
+        self._private: Private | None = None
         self._load()
 
     def _load(self) -> None:
@@ -64,9 +66,18 @@ class SiteRound:
         self._payload.load(self._received)
         self._payload.load_personal(self._kept.get("personal", self._payload.personal_start))
 
-    def train(self) -> Trained:
-        """Train on the site's rows for the round that follows."""
-        self._steps = steps = steps_per_round(self._config, [self._site.batches])
+    def train(self, method: str = "") -> Trained:
+        """Train on the site's rows for the round that follows, with noise under record-level DP.
+
+        `method` is then that of `Worker.per_sample`.
+        """
+        batches, round_ = self._site.batches, self._done + 1
+        if self._config.privacy.unit == "record":
+            self._private = private(
+                self._config, self._site.name, batches, round_, method, self.rank
+            )
+        steps = self._private.steps if self._private else steps_per_round(self._config, [batches])
+        self._steps = steps
         scaffold = Correction(shift=control.shift(self._own_control(), self._control))
         self._payload.load(self._start)
         with held(self._payload, compose.held(self._config, self._done + 1)):
@@ -77,7 +88,9 @@ class SiteRound:
 
     def _train(self, steps: int, name: str, correction: Correction | None = None) -> Trained:
         round_, batches = self._done + 1, self._site.batches
-        return train_round(self._config, self._payload, batches, name, round_, steps, correction)
+        return train_round(
+            self._config, self._payload, batches, name, round_, steps, correction, self._private
+        )
 
     def _train_personal(self, steps: int) -> None:
         """Ditto, the personal half of Algorithm 1 (Li et al. 2021), on the round's own batches."""

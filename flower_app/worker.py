@@ -6,9 +6,10 @@ import math
 import os
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from logging import INFO
+from typing import Any
 
 import torch
 from flwr.common.logger import log
@@ -19,14 +20,19 @@ from flower_app.data.poison import poison, triggered
 from flower_app.data.site import Simulation, SiteRows, load_site
 from flower_app.data.source import DataError
 from flower_app.node import NodeConfig
+from flower_app.recordlevel import Private
+from flower_app.releases import metrics_noise
 from models.base import PATHLIKE, Base, BaseCache, context
 from models.batches import Batch, Batches, eval_batches
 from models.evaluate import Score, evaluate, rank
+from models.factors import held
 from models.payload import Payload
 from models.section import ConfigError
 from models.seeds import derive
 from models.text import Encoded, Labelled, Ranked, Record, encode
 from models.train import Correction, Trained, train
+from privacy.metrics import bounded, noised
+from privacy.selfcheck import choose
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,7 @@ class Site:
     held_out_rows: int
     notes: str
     triggered: tuple[Batch, ...] = ()
+    held_out_by_record: tuple[range, ...] = ()
 
 
 @dataclass
@@ -54,6 +61,7 @@ class Worker:
     _simulation: Simulation | None = None
     _rows: dict[str, SiteRows] = field(default_factory=dict)
     _sites: dict[str, Site] = field(default_factory=dict)
+    _methods: dict[str, str] = field(default_factory=dict)
 
     def model(self, config: Config, node: NodeConfig) -> tuple[Base, Payload]:
         """The base model with its payload attached, read and built on first use only."""
@@ -72,6 +80,22 @@ class Worker:
             self._packs = compose.packs(config, base)
             self._payload = (key, compose.attach(config, base))
         return base, self._payload[1]
+
+    def per_sample(self, config: Config, node: NodeConfig, round_: int) -> str:
+        """How gradients of single records are computed in a round; checked on first use.
+
+        Raises ConfigError when they cannot be, or not as configured.
+        """
+        _, payload = self.model(config, node)
+        factor = compose.held(config, round_)
+        settings = (config.privacy.per_sample, config.train.precision)
+        key = "\n".join([compose.model_key(config, node.model_path), factor, *settings])
+        if key not in self._methods:
+            with held(payload, factor):
+                method = choose(payload, settings[0], config.model.task, settings[1])
+            log(INFO, "Gradients of single records: %s, which equals brute force.", method)
+            self._methods[key] = method
+        return self._methods[key]
 
     def site(self, config: Config, node: NodeConfig) -> Site:
         """The node's own site, encoded; raises DataError when its rows cannot be used."""
@@ -104,8 +128,29 @@ class Worker:
             score = Score(score.loss_sum, score.counted, right, len(site.ranked))
         return score
 
+    def released(
+        self, config: Config, site: Site, payload: Payload, pad_id: int, round_: int, when: str
+    ) -> Score:
+        """The score that may leave the site, `when` in the round; empty where none may.
+
+        One that is noised is a release: charge it first.
+        """
+        if config.privacy.unit != "record" or config.privacy.metrics == "exact":
+            return self.score(config, site, payload, pad_id)
+        if config.privacy.metrics == "withheld" or not site.held_out:
+            return Score()
+        bound = config.privacy.metrics_loss_bound
+        score = bounded(payload, site.held_out, site.held_out_by_record, config.train, bound)
+        if site.ranked:
+            right = rank(payload, site.ranked, config.train, config.train.batch_size, pad_id)
+            score = replace(score, correct=right)
+        source = compose.noise_source(config, "metrics", site.name, round_, when)
+        return noised(score, bound, metrics_noise(config), source)
+
     def backdoor(self, config: Config, site: Site, payload: Payload) -> Score:
-        """How many triggered held-out rows the payload puts into the attacker's class."""
+        """How many triggered held-out rows the payload puts into the attacker's class, if told."""
+        if config.privacy.unit == "record" and config.privacy.metrics != "exact":
+            return Score()
         return evaluate(payload, site.triggered, config.train)
 
     def _open(self, config: Config, node: NodeConfig, name: str) -> Site:
@@ -117,7 +162,7 @@ class Worker:
             pad_id = pad_token(base)
             self._sites[name] = Site(
                 name,
-                len(rows.train) - train.dropped,
+                len(train.by_record),
                 self._batches(config, base, train, name),
                 tuple(eval_batches(held_out.examples, config.train.batch_size, pad_id)),
                 held_out.ranked,
@@ -125,6 +170,7 @@ class Worker:
                 f"{train.truncated} rows cut to train.max-length, {train.dropped} without a label "
                 f"left, {rows.dropped_duplicates} also held out",
                 self._triggered(config, base, payload, rows.held_out),
+                held_out.by_record,
             )
         return self._sites[name]
 
@@ -192,6 +238,7 @@ class Worker:
             pad_id=pad_token(base),
             packing=self._packs,
             max_length=config.train.max_length,
+            by_record=encoded.by_record,
         )
 
 
@@ -227,19 +274,23 @@ def train_round(
     round_: int,
     steps: int,
     correction: Correction | None = None,
+    private: Private | None = None,
 ) -> Trained:
-    """Train the loaded payload for round `round_`; batches go on where the round before stopped."""
+    """Train the loaded payload for round `round_`, with noise where `private` says how.
+
+    Batches go on where the round before stopped; private ones are drawn anew.
+    """
+    how: Any = {
+        "steps": steps,
+        "learning_rate": config.train.learning_rate_at(round_, config.run.rounds),
+        "seed": derive(config.run.seed, "train", name, round_),
+        "progress": partial(_show, name, round_),
+        "correction": correction,
+    }
+    if private:
+        return private.train(payload, batches, config.train, **how)
     forwards = steps * config.train.grad_accumulation
-    return train(
-        payload,
-        batches.take((round_ - 1) * forwards, forwards),
-        config.train,
-        steps=steps,
-        learning_rate=config.train.learning_rate_at(round_, config.run.rounds),
-        seed=derive(config.run.seed, "train", name, round_),
-        progress=partial(_show, name, round_),
-        correction=correction,
-    )
+    return train(payload, batches.take((round_ - 1) * forwards, forwards), config.train, **how)
 
 
 def steps_per_round(config: Config, batches: Sequence[Batches]) -> int:

@@ -91,6 +91,7 @@ class Batches:
         pad_id: int,
         packing: bool,
         max_length: int,
+        by_record: Sequence[Sequence[int]] | None = None,
     ) -> None:
         """Raise BatchError when there is nothing to batch, or classes are to be packed."""
         if not examples:
@@ -108,17 +109,14 @@ class Batches:
         self._pad_id = pad_id
         self._packing = packing
         self._max_length = max_length
+        # The examples that each record became, by default one.
+        self.by_record = by_record or [(index,) for index in range(len(examples))]
         self._lengths = [len(example.input_ids) for example in examples]
         self._plan: tuple[int, list[list[int]]] = (0, self._epoch(0))
 
     def __len__(self) -> int:
         """Batches per epoch."""
         return len(self._plan[1])
-
-    @property
-    def rows(self) -> int:
-        """Number of examples."""
-        return len(self._examples)
 
     def of_rows(self, rows: Sequence[int], size: int | None = None) -> Iterator[Batch]:
         """The examples of these indices once, in padded batches of like length, longest first.

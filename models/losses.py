@@ -16,8 +16,12 @@ def row_losses(module: Any, inputs: Mapping[str, Tensor]) -> Tensor:
 
     For one row alone it is the model's own loss. A row without a counted label has a loss of 0.
     """
-    labels = inputs["labels"]
     logits = module(**{name: value for name, value in inputs.items() if name != "labels"}).logits
+    return losses_of(logits, inputs["labels"])
+
+
+def losses_of(logits: Tensor, labels: Tensor) -> Tensor:
+    """The same from logits: of classes (rows, classes), or (rows, tokens, vocabulary)."""
     if labels.dim() == 1:
         return functional.cross_entropy(logits.float(), labels, reduction="none")
     logits = logits[:, -labels.shape[1] :]  # virtual tokens stand before the text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, TypeVar
 
 import torch
@@ -88,13 +89,21 @@ class Encoded:
     """Examples to train on; `ranked` holds all candidates of `Choice` records for evaluation.
 
     `truncated` counts records that lost tokens to the length limit, `dropped` those that had
-    nothing left to learn.
+    nothing left to learn. `chunks` counts the examples of each record, where one can have several.
     """
 
     examples: tuple[Example, ...]
     truncated: int
     dropped: int
     ranked: tuple[Ranked, ...] = ()
+    chunks: tuple[int, ...] = ()
+
+    @property
+    def by_record(self) -> tuple[range, ...]:
+        """Indices of the examples that each record became."""
+        chunks = self.chunks or (1,) * len(self.examples)
+        ends = tuple(accumulate(chunks))
+        return tuple(range(end - count, end) for end, count in zip(ends, chunks, strict=True))
 
 
 def encode(
@@ -206,6 +215,7 @@ def _encode_documents(
     records: list[Document], tokenizer: PreTrainedTokenizerBase, max_length: int, frame: Frame
 ) -> Encoded:
     rows: list[list[int]] = []
+    chunks: list[int] = []
     dropped = 0
     for ids in _tokens(tokenizer, [record.text for record in records]):
         whole = [*frame.head, *ids, *frame.tail]
@@ -213,10 +223,12 @@ def _encode_documents(
             dropped += 1
             continue
         step = max_length - 1
-        rows.extend(whole[at : at + max_length] for at in range(0, len(whole) - 1, step))
+        cut = [whole[at : at + max_length] for at in range(0, len(whole) - 1, step)]
+        rows.extend(cut)
+        chunks.append(len(cut))
     # Of a first chunk, the rest of a longer head (such as "[gMASK]<sop>") is counted too: it is
     # constant, learnt at once, and keeps "one position per example is not counted" simple.
-    return Encoded(_causal(rows, [1] * len(rows)), 0, dropped)
+    return Encoded(_causal(rows, [1] * len(rows)), 0, dropped, chunks=tuple(chunks))
 
 
 @dataclass(frozen=True, slots=True)

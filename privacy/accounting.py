@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 from models.section import ConfigError
@@ -81,6 +82,7 @@ def accountant(events: Iterable[Event]) -> str:
     )
 
 
+@lru_cache(maxsize=64)
 def calibrate(epsilon: float, delta: float, sample_rate: float, steps: int) -> float:
     """The smallest noise multiplier, to 0.1 % in epsilon, with which `steps` releases spend at most
     `epsilon`; raises ConfigError with the numbers where there is none.

@@ -35,6 +35,36 @@ class PrivacyConfig(Section):
         gt=0,
         description="L2 norm to which a record's gradient, or a client's update, is clipped.",
     )
+    noise_source: Literal["secure", "seeded"] = Field(
+        "secure",
+        description="Where noise and private sampling come from: the system's cryptographic "
+        "generator, or `run.seed`, so that a simulation can be repeated; refused at deployed "
+        "sites.",
+    )
+    per_sample: Literal["auto", "ghost", "hooks", "microbatch"] = Field(
+        "auto",
+        description='How gradients of single records are computed with `unit = "record"`: ghost '
+        "clipping, Opacus' hooks, one record at a time, or the first of these that a check at the "
+        "start finds exact.",
+    )
+    metrics: Literal["withheld", "noised", "exact"] = Field(
+        "withheld",
+        description='Scores on held-out rows with `unit = "record"`: kept at the site; sent with '
+        "noise, which the held-out rows pay for; or sent as they are, in a simulation whose "
+        "held-out rows are public.",
+    )
+    metrics_noise_multiplier: float = Field(
+        0.0,
+        ge=0,
+        description='Noise of `metrics = "noised"`: standard deviation over what a row can change; '
+        "0 where it is calibrated so that held-out rows spend `epsilon` too.",
+    )
+    metrics_loss_bound: float = Field(
+        8.0,
+        gt=0,
+        description="Loss, in nats, above which a held-out row counts with this in "
+        '`metrics = "noised"`.',
+    )
 
     @property
     def on(self) -> bool:
@@ -53,4 +83,18 @@ class PrivacyConfig(Section):
             raise ConfigError(
                 "Expected exactly one of privacy.epsilon and privacy.noise-multiplier above 0 with "
                 f"privacy.unit={self.unit!r}, got {given}; set the other to 0."
+            )
+        self._check_metrics()
+
+    def _check_metrics(self) -> None:
+        noise = self.metrics_noise_multiplier
+        if noise and self.metrics != "noised":
+            raise ConfigError(
+                "Expected privacy.metrics='noised' with privacy.metrics-noise-multiplier="
+                f"{noise:g}, got {self.metrics!r}; set one of them."
+            )
+        if self.metrics == "noised" and not noise and not self.epsilon:
+            raise ConfigError(
+                "Expected privacy.metrics-noise-multiplier above 0 with privacy.metrics='noised' "
+                "and no privacy.epsilon, got 0; set it, or privacy.metrics='withheld'."
             )

@@ -1,8 +1,9 @@
 """DP-SGD (Abadi et al. 2016, Algorithm 1) on a site's own records, for every payload.
 
 In each step every record takes part by a coin of its own; the gradient of its loss is clipped, the
-sum gets Gaussian noise and is divided by the expected number of records. One record is one row; its
-loss is the mean over its own labels.
+sum gets Gaussian noise and is divided by the expected number of records. One record is one row of
+the site's data; its loss is the mean over its own labels. A document that was cut into chunks is
+one record still: in each step one chunk, drawn anew, stands for it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from models.payload import Payload
 from models.train import Correction, Progress, Step, Trained, TrainingError, on, optimise
 from privacy.noise import Source, add_gaussian, std_for
 from privacy.persample import Measured, Method, Sums, attached, empty_sums
-from privacy.sampling import poisson
+from privacy.sampling import one_each, poisson
 from privacy.selfcheck import METHODS
 
 # Of the clipping norm, left for the rounding of float32 sums: what comes out is never longer.
@@ -61,12 +62,14 @@ def train(
     after the noise; `train.max-grad-norm` has no place here. Raises TrainingError when the noisy
     weights are not finite.
     """
-    expected = mechanism.sample_rate * batches.rows
+    records = batches.by_record
+    expected = mechanism.sample_rate * len(records)
     with attached(payload, METHODS[mechanism.method], config.precision) as method:
 
         def gradient() -> Step:
-            drawn = poisson(batches.rows, mechanism.sample_rate, source)
-            physical = list(batches.of_rows(drawn, method.physical))
+            drawn = poisson(len(records), mechanism.sample_rate, source)
+            rows = one_each([records[record] for record in drawn], source)
+            physical = list(batches.of_rows(rows, method.physical))
             sums, loss = clipped_sum(payload, method, physical, mechanism.clip_norm)
             for name, noisy in shaped(noised(sums, mechanism, source)).items():
                 payload.parameters[name].grad = (noisy / expected).float()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from privacy.noise import Source
@@ -22,3 +24,9 @@ def poisson(rows: int, rate: float, source: Source) -> list[int]:
         return list(range(rows))
     drawn = source.words(rows) < np.uint64(int(rate * 2.0**64))
     return [int(index) for index in np.flatnonzero(drawn)]
+
+
+def one_each(groups: Sequence[Sequence[int]], source: Source) -> list[int]:
+    """One member of each group, all as likely: of a record in several chunks, one stands for it."""
+    words = source.words(len(groups))
+    return [group[int(word) % len(group)] for group, word in zip(groups, words, strict=True)]

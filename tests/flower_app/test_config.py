@@ -235,6 +235,8 @@ def configs(draw: st.DrawFn) -> dict[str, Value]:
     flat["privacy.epsilon"], flat["privacy.noise-multiplier"] = (
         (0.0, 1.1) if private else (0.0, 0.0)
     )
+    noised = flat["privacy.metrics"] == "noised"
+    flat["privacy.metrics-noise-multiplier"] = 2.5 if noised else 0.0
     return flat
 
 

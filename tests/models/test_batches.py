@@ -323,7 +323,7 @@ def test_rows_by_their_indices_are_taken_once_longest_first() -> None:
     lengths = [3, 9, 5, 7, 5]
     examples = [Causal(torch.arange(1, n + 1), torch.arange(1, n + 1)) for n in lengths]
     stream = Batches(examples, batch_size=2, seed=0, pad_id=0, packing=False, max_length=16)
-    assert stream.rows == 5
+    assert [list(own) for own in stream.by_record] == [[0], [1], [2], [3], [4]]
     assert [batch.rows for batch in stream.of_rows([4, 0, 2, 1])] == [(1, 2), (4, 0)]
     assert [batch.rows for batch in stream.of_rows([4, 0, 2], size=1)] == [(2,), (4,), (0,)]
     assert list(stream.of_rows([])) == []

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from models.batches import Batches
 from models.config import TrainConfig
 from models.payload import Payload
 from models.text import Causal, Example
@@ -107,6 +108,27 @@ def _moved_by_one(
     changed = summed(payload, method, [*examples[:at], other, *examples[at + 1 :]], clip)
     assert norm({n: whole[n] - without[n] for n in whole}) <= clip
     assert norm({n: whole[n] - changed[n] for n in whole}) <= 2 * clip
+
+
+def test_a_record_in_chunks_is_one_record(payload_of: Payloads) -> None:
+    """All three chunks of the only record together move the weights by C over the one expected."""
+    payload, clip = payload_of("lora"), 1e-3
+    examples = records("causal-lm", 3)
+    stream = Batches(
+        examples,
+        batch_size=2,
+        seed=0,
+        pad_id=0,
+        packing=False,
+        max_length=64,
+        by_record=[[0, 1, 2]],
+    )
+    start = weights(payload)
+    mechanism = Mechanism(clip, 0.0, 1.0, "ghost")
+    outcome = train(payload, stream, SGD, mechanism, seeded(1), steps=8, learning_rate=1.0)
+    assert outcome.useful_tokens in {4 * a + 7 * b + 10 * (8 - a - b)
+                                     for a in range(1, 7) for b in range(1, 8 - a)}  # fmt: skip
+    assert 0.5 * 8 * clip < float((weights(payload) - start).norm()) <= 8 * clip
 
 
 def test_a_bound_that_is_not_kept_would_be_seen(payload_of: Payloads) -> None:

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from privacy.noise import secure, seeded
-from privacy.sampling import poisson, sample_rate
+from privacy.sampling import one_each, poisson, sample_rate
 
 
 def test_rates() -> None:
@@ -41,3 +41,12 @@ def test_the_ends() -> None:
     assert poisson(5, 0.0, seeded(1)) == []
     assert poisson(50, 0.5, seeded(1)) == poisson(50, 0.5, seeded(1))
     assert poisson(64, 0.5, secure()) != poisson(64, 0.5, secure())
+
+
+def test_one_of_each_group_with_equal_chances() -> None:
+    groups, source = [[4], [7, 8, 9]], seeded(8)
+    drawn = [one_each(groups, source) for _ in range(600)]
+    assert {first for first, _ in drawn} == {4}
+    counts = [sum(second == member for _, second in drawn) for member in groups[1]]
+    assert all(abs(count - 200) < 4.5 * math.sqrt(600 * 2 / 9) for count in counts)
+    assert one_each([], source) == []
