@@ -1,0 +1,133 @@
+"""One encrypted stream of frames per site: mutual TLS 1.3 with the keys of this run, over gRPC.
+
+What the frames hold is not known here. A peer is told by its certificate, which came over Flower's
+own channel; whoever has another one gets nothing, whatever it sends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from logging import WARNING
+from typing import Any
+
+import grpc
+from flwr.common.logger import log
+
+from models.section import ConfigError
+from privacy.tls import HOST, Identity, fingerprint
+
+_SERVICE, _METHOD = "florilegium.Split", "Frames"
+_PATH = f"/{_SERVICE}/{_METHOD}"
+_KEEPALIVE_MS = 20_000
+
+Frames = Iterator[bytes]
+# Site and the frames that it sends -> the frames that it is sent.
+Handler = Callable[[str, Frames], Frames]
+
+
+def _options(max_bytes: int) -> list[tuple[str, Any]]:
+    return [
+        ("grpc.max_receive_message_length", max_bytes),
+        ("grpc.max_send_message_length", max_bytes),
+        ("grpc.keepalive_time_ms", _KEEPALIVE_MS),
+        ("grpc.keepalive_timeout_ms", _KEEPALIVE_MS),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", _KEEPALIVE_MS // 2),
+        ("grpc.so_reuseport", 0),
+    ]
+
+
+class StreamServer:
+    """Serves one stream per site; use as a context manager, or call `stop`.
+
+    `sites` maps their names to certificates (PEM). A frame above `max_bytes` ends its stream.
+    """
+
+    def __init__(
+        self,
+        identity: Identity,
+        sites: Mapping[str, bytes],
+        handler: Handler,
+        *,
+        address: str = "127.0.0.1:0",
+        max_bytes: int,
+    ) -> None:
+        """Start serving; raises ConfigError where the address cannot be had."""
+        self._sites = {fingerprint(certificate): site for site, certificate in sites.items()}
+        self._handler = handler
+        self._server = grpc.server(
+            ThreadPoolExecutor(len(sites) + 2, "stream"), options=_options(max_bytes)
+        )
+        serve = grpc.stream_stream_rpc_method_handler(self._serve)
+        self._server.add_generic_rpc_handlers(
+            (grpc.method_handlers_generic_handler(_SERVICE, {_METHOD: serve}),)
+        )
+        credentials = grpc.ssl_server_credentials(
+            [(identity.key, identity.certificate)],
+            root_certificates=b"".join(sites.values()),
+            require_client_auth=True,
+        )
+        try:
+            self.port = self._server.add_secure_port(address, credentials)
+        except RuntimeError as error:
+            raise ConfigError(
+                f"Expected to listen at {address!r}, but: {error}; name a free port here."
+            ) from error
+        self._server.start()
+
+    def _serve(self, frames: Frames, context: grpc.ServicerContext) -> Frames:
+        found = context.auth_context()
+        if found.get("ssl_tls_version") != [b"TLSv1.3"]:
+            context.abort(grpc.StatusCode.UNAUTHENTICATED, "Expected TLS 1.3.")
+        certificate = b"".join(found.get("x509_pem_cert", ()))
+        site = self._sites.get(fingerprint(certificate)) if certificate else None
+        if site is None:  # signed by a key of this run, but not one of its certificates
+            context.abort(grpc.StatusCode.UNAUTHENTICATED, "Expected a certificate of this run.")
+        assert site is not None
+        try:
+            yield from self._handler(site, frames)
+        except Exception as error:
+            # Its text may hold anything; the site needs to know that it is over, and no more.
+            log(WARNING, "The stream of %s ended: %s", site, error)
+            context.abort(grpc.StatusCode.ABORTED, "The server ended the stream; its log says why.")
+
+    def stop(self) -> None:
+        """End all streams."""
+        self._server.stop(grace=None).wait()
+
+    def __enter__(self) -> StreamServer:
+        """Nothing to do."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop."""
+        self.stop()
+
+
+class StreamError(ConnectionError):
+    """A stream that could not be opened, or broke."""
+
+
+def exchange(
+    address: str,
+    identity: Identity,
+    server: bytes,
+    frames: Frames,
+    *,
+    max_bytes: int,
+    timeout: float | None = None,
+) -> Frames:
+    """Send frames to the server whose certificate (PEM) is `server`; yields what it sends back.
+
+    Raises StreamError when the stream cannot be had, breaks, or outlives `timeout` seconds.
+    """
+    credentials = grpc.ssl_channel_credentials(server, identity.key, identity.certificate)
+    options = [*_options(max_bytes), ("grpc.ssl_target_name_override", HOST)]
+    with grpc.secure_channel(address, credentials, options) as channel:
+        try:
+            yield from channel.stream_stream(_PATH)(frames, timeout=timeout)
+        except grpc.RpcError as error:
+            code, details = error.code(), error.details()
+            raise StreamError(
+                f"Expected a stream to the server at {address}, got {code.name}: {details}."
+            ) from error

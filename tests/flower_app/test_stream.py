@@ -1,0 +1,223 @@
+"""The encrypted stream: who gets in, what a listener sees, and what a bad frame does to others."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+
+from flower_app.stream import Frames, StreamError, StreamServer, exchange
+from models.section import ConfigError
+from privacy.tls import HOST, Identity, fingerprint
+
+SECRET = b"patient 4711 has a cough and " * 20
+MOST = 100_000
+
+
+def reversed_frames(site: str, frames: Frames) -> Frames:
+    for frame in frames:
+        if frame == b"break":
+            raise ValueError("something of the rows")
+        yield site.encode() + b":" + frame[::-1]
+
+
+@pytest.fixture(scope="module")
+def keys() -> dict[str, Identity]:
+    return {name: Identity.fresh() for name in ("server", "north", "south", "other")}
+
+
+@pytest.fixture
+def server(keys: dict[str, Identity]) -> Iterator[StreamServer]:
+    sites = {name: keys[name].certificate for name in ("north", "south")}
+    with StreamServer(keys["server"], sites, reversed_frames, max_bytes=MOST) as running:
+        yield running
+
+
+def ask(
+    server: StreamServer, keys: dict[str, Identity], who: str, *frames: bytes, port: int = 0
+) -> list[bytes]:
+    address = f"127.0.0.1:{port or server.port}"
+    return list(
+        exchange(
+            address, keys[who], keys["server"].certificate, iter(frames), max_bytes=MOST, timeout=20
+        )
+    )
+
+
+def test_sites_are_told_by_their_certificates(
+    server: StreamServer, keys: dict[str, Identity]
+) -> None:
+    assert ask(server, keys, "north", b"abc", b"de") == [b"north:cba", b"north:ed"]
+    assert ask(server, keys, "south", b"abc") == [b"south:cba"]
+    assert fingerprint(keys["north"].certificate) != fingerprint(keys["south"].certificate)
+    assert repr(keys["north"]) == "Identity(...)"
+
+
+def test_keys_of_another_run_get_nothing(server: StreamServer, keys: dict[str, Identity]) -> None:
+    with pytest.raises(StreamError, match="UNAVAILABLE"):
+        ask(server, keys, "other", b"abc")
+    wrong_server = keys | {"server": keys["other"]}
+    with pytest.raises(StreamError, match="UNAVAILABLE"):
+        ask(server, wrong_server, "north", b"abc")
+    assert ask(server, keys, "north", b"abc") == [b"north:cba"]
+
+
+def test_a_site_cannot_vouch_for_another_key(tmp_path: Path, keys: dict[str, Identity]) -> None:
+    """Every certificate of the run is a root of trust; what counts is which one it is."""
+    sites = {name: keys[name].certificate for name in ("north", "south")}
+    with StreamServer(keys["server"], sites, reversed_frames, max_bytes=MOST) as running:
+        running._sites.pop(fingerprint(keys["south"].certificate))
+        with pytest.raises(StreamError, match="UNAUTHENTICATED: Expected a certificate of this"):
+            ask(running, keys, "south", b"abc")
+
+
+@pytest.mark.parametrize("credentials", ["none", "server alone"])
+def test_without_a_key_nobody_gets_in(
+    server: StreamServer, keys: dict[str, Identity], credentials: str
+) -> None:
+    address = f"127.0.0.1:{server.port}"
+    trusted = grpc.ssl_channel_credentials(keys["server"].certificate)
+    options = [("grpc.ssl_target_name_override", HOST)]
+    channel = (
+        grpc.insecure_channel(address)
+        if credentials == "none"
+        else grpc.secure_channel(address, trusted, options)
+    )
+    with channel, pytest.raises(grpc.RpcError, match="UNAVAILABLE"):
+        list(channel.stream_stream("/florilegium.Split/Frames")(iter([b"abc"]), timeout=20))
+
+
+def test_older_tls_is_refused(
+    server: StreamServer, keys: dict[str, Identity], tmp_path: Path
+) -> None:
+    for name, content in (
+        ("key", keys["north"].key),
+        ("own", keys["north"].certificate),
+        ("server", keys["server"].certificate),
+    ):
+        (tmp_path / name).write_bytes(content)
+    for version, served in ((ssl.TLSVersion.TLSv1_2, False), (ssl.TLSVersion.TLSv1_3, True)):
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.maximum_version = version
+        context.load_verify_locations(tmp_path / "server")
+        context.load_cert_chain(tmp_path / "own", tmp_path / "key")
+        context.set_alpn_protocols(["h2"])
+        raw = socket.create_connection(("127.0.0.1", server.port), timeout=20)
+        with context.wrap_socket(raw, server_hostname=HOST) as wrapped:
+            assert (b"north:cba" in spoken(wrapped)) is served
+
+
+def spoken(wrapped: ssl.SSLSocket) -> bytes:
+    """What the server answers to a frame, in HTTP/2 by hand: gRPC cannot be told to use TLS 1.2."""
+
+    def field(name: bytes, value: bytes) -> bytes:
+        return b"\x00" + bytes([len(name)]) + name + bytes([len(value)]) + value
+
+    def http2(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
+        head = len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big")
+        return head + payload
+
+    headers = b"".join(
+        field(name, value)
+        for name, value in (
+            (b":method", b"POST"), (b":scheme", b"https"),
+            (b":path", b"/florilegium.Split/Frames"), (b":authority", HOST.encode()),
+            (b"content-type", b"application/grpc"), (b"te", b"trailers"),
+        )
+    )  # fmt: skip
+    wrapped.sendall(
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + http2(4, 0, 0, b"") + http2(1, 4, 1, headers)
+        + http2(0, 1, 1, b"\x00\x00\x00\x00\x03abc")
+    )  # fmt: skip
+    wrapped.settimeout(2)
+    answer = b""
+    try:
+        while chunk := wrapped.recv(4096):
+            answer += chunk
+    except (TimeoutError, OSError):
+        pass
+    return answer
+
+
+def test_a_bad_frame_ends_its_own_stream_alone(
+    server: StreamServer, keys: dict[str, Identity]
+) -> None:
+    asked = threading.Event()
+
+    def slow() -> Iterator[bytes]:
+        yield b"first"
+        asked.wait(20)
+        yield b"last"
+
+    answers = exchange(
+        f"127.0.0.1:{server.port}", keys["south"], keys["server"].certificate, slow(),
+        max_bytes=MOST, timeout=30,
+    )  # fmt: skip
+    assert next(answers) == b"south:tsrif"
+    with pytest.raises(StreamError, match="ABORTED: The server ended the stream; its log"):
+        ask(server, keys, "north", b"break")
+    with pytest.raises(StreamError, match="RESOURCE_EXHAUSTED"):
+        ask(server, keys, "north", bytes(MOST + 1))
+    asked.set()
+    assert list(answers) == [b"south:tsal"]
+
+
+def test_a_listener_in_between_sees_no_plain_text(
+    server: StreamServer, keys: dict[str, Identity]
+) -> None:
+    seen: list[bytes] = []
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        threading.Thread(target=forward, args=(listener, server.port, seen), daemon=True).start()
+        assert ask(server, keys, "north", SECRET, port=port) == [b"north:" + SECRET[::-1]]
+    passed = b"".join(seen)
+    assert len(passed) > 2 * len(SECRET)
+    assert SECRET[:12] not in passed and SECRET[::-1][:12] not in passed
+
+
+def forward(listener: socket.socket, port: int, seen: list[bytes]) -> None:
+    inner, _ = listener.accept()
+    outer = socket.create_connection(("127.0.0.1", port))
+
+    def copy(source: socket.socket, sink: socket.socket) -> None:
+        try:
+            while chunk := source.recv(65536):
+                seen.append(chunk)
+                sink.sendall(chunk)
+        except OSError:
+            pass
+
+    threading.Thread(target=copy, args=(outer, inner), daemon=True).start()
+    copy(inner, outer)
+
+
+def test_what_cannot_be_had_is_refused(server: StreamServer, keys: dict[str, Identity]) -> None:
+    taken = f"127.0.0.1:{server.port}"
+    with pytest.raises(ConfigError, match=rf"Expected to listen at '{taken}', but"):
+        StreamServer(
+            keys["server"], {"north": keys["north"].certificate}, reversed_frames, address=taken,
+            max_bytes=MOST,
+        )  # fmt: skip
+    with pytest.raises(ConfigError, match="Expected a certificate in PEM form"):
+        fingerprint(b"no")
+    with pytest.raises(StreamError, match="UNAVAILABLE"):
+        ask(server, keys, "north", b"abc", port=1)
+    started = time.monotonic()
+    answers = exchange(
+        f"127.0.0.1:{server.port}", keys["north"], keys["server"].certificate, iter_forever(),
+        max_bytes=MOST, timeout=1,
+    )  # fmt: skip
+    with pytest.raises(StreamError, match="DEADLINE_EXCEEDED"):
+        list(answers)
+    assert time.monotonic() - started < 20
+
+
+def iter_forever() -> Iterator[bytes]:
+    time.sleep(5)
+    yield b"late"
