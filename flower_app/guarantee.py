@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from flower_app.config import Config
-from flower_app.releases import releases
+from flower_app.releases import evaluations, parts_apart, releases
 from privacy.events import Event, Unit
 from privacy.statement import Statement, state
 
+_PUBLIC = "held-out rows are public: their scores have no noise"
 _OF_ONE_RUN = "this run alone: ledgers add up the runs on the same rows"
 
 
@@ -39,6 +41,10 @@ def guarantee(
         )
     told = worst.as_dict()
     told["assumptions"] += [_OF_ONE_RUN]
+    if unit == "record":
+        told["metrics"] = config.privacy.metrics
+        if config.privacy.metrics == "exact":
+            told["assumptions"] += [_PUBLIC]
     told["text"] = str(worst)
     told["sites"] = {site: found.as_dict()["epsilon"] for site, found in sites.items()}
     return told
@@ -57,7 +63,12 @@ def _of_sites(
     known: dict[tuple[int, int], Statement] = {}
     for site, rounds in asked.items():
         if site in rows and (rows[site], len(rounds)) not in known:
-            events = releases(config, rows[site], sorted(rounds))
+            last = evaluations(config, config.run.rounds)
+            split = "held out of the same rows" if parts_apart(config) else ""
+            events = [
+                replace(event, split=split)
+                for event in [*releases(config, rows[site], sorted(rounds)), *last]
+            ]
             known[rows[site], len(rounds)] = state(events, unit, config.privacy.delta)
     return {
         site: known[rows[site], len(rounds)]

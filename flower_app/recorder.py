@@ -95,12 +95,13 @@ class Recorder:
                 outcome.round, outcome.payload, outcome.state, self._facts, fold=outcome.fold
             )
         )
+        loss = _mean(_number(site.report.get("train_loss")) for site in good)
         log(
             INFO,
-            "Round %d of %d: training loss %.4f, %d of %d sites, %s up, %s down, %.1f s",
+            "Round %d of %d: %s%d of %d sites, %s up, %s down, %.1f s",
             outcome.round,
             self._config.run.rounds,
-            _mean(_number(site.report.get("train_loss")) for site in good),
+            f"training loss {loss:.4f}, " if math.isfinite(loss) else "",
             len(good),
             len(outcome.sites),
             human_bytes(row["bytes_up"]),
@@ -216,7 +217,6 @@ def summarise(
     rounds = [row for row in rows if row["kind"] == "round"]
     sites = [row for row in rows if row["kind"] == "site"]
     wall = sum(row["wall_s"] for row in rounds)
-    tokens = sum(row.get("tokens", 0) for row in sites if row["status"] == "ok")
     local = [row for row in rows if row["kind"] == "baseline" and row["name"] == "local"]
     central = [row for row in rows if row["kind"] == "baseline" and row["name"] == "central"]
 
@@ -251,7 +251,7 @@ def summarise(
         "bytes_up_per_round": _per_round(rounds, "bytes_up"),
         "bytes_down_fold_per_round": _per_round(rounds, "bytes_down_fold"),
         "product_gap": _average(rounds, ("product_gap",))["product_gap"],
-        "tokens_per_s": tokens / wall if wall else 0.0,
+        "tokens_per_s": _speed(sites, wall),
         "attack": attack_in(rows),
         "quarantined": [
             {key: row[key] for key in ("round", "site", "status", "reason")}
@@ -264,6 +264,14 @@ def summarise(
             "aggregation": sum(row["aggregate_s"] for row in rounds),
         },
     } | dict(facts)
+
+
+def _speed(sites: Iterable[Mapping[str, Any]], wall: float) -> float | None:
+    """Tokens per second over all sites, None where private ones keep their counts."""
+    counted = [row["tokens"] for row in sites if row["status"] == "ok" and "tokens" in row]
+    if not wall:
+        return 0.0
+    return sum(counted) / wall if counted else None
 
 
 def attack_in(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:

@@ -59,6 +59,15 @@ def planned(config: Config, rows: int, rounds: Sequence[int]) -> list[Event]:
     return [*first, *releases(config, rows, rounds), *evaluations(config, config.run.rounds)]
 
 
+def parts_apart(config: Config) -> bool:
+    """Whether no record can be in training and held out, at a site that says no more than that.
+
+    Sites with rows of their own may name held-out ones too, but not with a target epsilon.
+    """
+    own = config.data.partition == "own" and not config.privacy.epsilon
+    return not own and not config.data.eval_source
+
+
 def metrics_noise(config: Config) -> float:
     """Noise multiplier of scores on held-out rows, calibrated for all of a run where not given."""
     privacy = config.privacy

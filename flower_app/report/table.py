@@ -64,9 +64,10 @@ def privacy(summary: Mapping[str, Any]) -> str:
 def _figures(summary: Mapping[str, Any]) -> list[str]:
     down = size(number(summary, "bytes_down_per_round"))
     up = size(number(summary, "bytes_up_per_round"))
+    speed = number(summary, "tokens_per_s")
     lines = [
         f"{'Per round, all sites':<26}{down} to the sites, {up} back",
-        f"{'Speed':<26}{count(number(summary, 'tokens_per_s'))} tokens/s",
+        *([f"{'Speed':<26}{count(speed)} tokens/s"] if speed is not None else []),
         f"{'Wall time':<26}{duration(number(summary, 'wall_s'))}",
     ]
     if said := privacy(summary):

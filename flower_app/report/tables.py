@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from flower_app.report import words
 from flower_app.report.numbers import (
     MISSING,
     count,
@@ -30,6 +31,8 @@ COLOURS = {
 def results(run: Run) -> str:
     """Before training, alone, federated, pooled: loss and metric, also on own rows where known."""
     rows = result_rows(run.summary)
+    if not rows and words.metrics_told(run) == "withheld":
+        return '<p class="soft">Scores stayed at the sites (privacy.metrics).</p>'
     if not rows:
         return '<p class="soft">The first evaluation is not finished yet.</p>'
     shown = 4 if any(value is not None for _, _, values in rows for value in values[2:]) else 2

@@ -125,13 +125,22 @@ def travelled(run: Run) -> list[str]:
                 "steps as one site takes, so that the sites together saw more rows than it did; "
                 "nothing of that went into the federated model."
             )
+            if _unit(run) != "none":
+                said[-1] += " Training alone and on pooled rows had no noise."
     return said
 
 
 def _reported(run: Run) -> str:
     if _unit(run) == "record":
-        return "its training rows, times and steps, and scores as far as they have noise"
+        scores = {"noised": ", and scores with noise", "exact": ", and scores as they are"}
+        return f"its training rows, times and steps{scores.get(metrics_told(run), '')}"
     return "its training rows, losses, times and counts"
+
+
+def metrics_told(run: Run) -> str:
+    """What record-level privacy lets sites say of scores; empty without it, or unknown."""
+    told = run.summary.get("privacy")
+    return str(told.get("metrics", "")) if isinstance(told, Mapping) else ""
 
 
 def _unit(run: Run) -> str:

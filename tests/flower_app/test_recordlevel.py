@@ -97,6 +97,23 @@ def test_nothing_leaves_beside_the_update_and_public_figures(nodes: Nodes) -> No
     )
 
 
+def page(folder: Path) -> str:
+    return " ".join((folder / "report.html").read_text().split())
+
+
+def test_the_report_says_what_stayed_and_what_had_noise(nodes: Nodes) -> None:
+    folder, _ = simulate(nodes, "withheld", SEEDED)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["federated"] is None and summary["tokens_per_s"] is None
+    assert "Scores stayed at the sites" in page(folder)
+    assert "its training rows, times and steps, kept in" in page(folder)
+    public = {"privacy__metrics": "exact", "run__baselines": True, "run__rounds": 1}
+    folder, _ = simulate(nodes, "exact", SEEDED | public)
+    assert len(rows(folder, "baseline")) == 4
+    assert "Training alone and on pooled rows had no noise" in page(folder)
+    assert "held-out rows are public" in page(folder)
+
+
 def test_scores_leave_with_noise_and_are_accounted(nodes: Nodes) -> None:
     keys = SEEDED | {"privacy__metrics": "noised", "privacy__metrics_noise_multiplier": 0.5}
     folder, _ = simulate(nodes, "noised", keys)
@@ -109,6 +126,8 @@ def test_scores_leave_with_noise_and_are_accounted(nodes: Nodes) -> None:
         held_out = [e for e in ledger.events() if e.part == "held-out"]
         assert [(e.round, e.count) for e in held_out] == [(1, 2), (2, 2), (2, 1)]
         assert {(e.noise_multiplier, e.sample_rate) for e in held_out} == {(0.5, 1.0)}
+        told = json.loads((folder / "summary.json").read_text())["privacy"]
+        assert told["sites"][ledger.path.parent.name] == pytest.approx(spent(ledger.events(), 1e-5))
 
 
 @pytest.mark.parametrize("fraction", [1.0, 0.5])
@@ -213,10 +232,3 @@ def test_what_only_simulations_may_do_is_refused_at_a_deployed_site(
     assert said in nodes.member(node, data__partition="own", **DP | keys)["error"]
     _, report = nodes.train(node, data__partition="own", **DP | keys)
     assert said in report["error"]
-
-
-def test_baselines_are_plain_and_may_run_where_rows_are_public(nodes: Nodes) -> None:
-    folder, _ = simulate(
-        nodes, "run", SEEDED, privacy__metrics="exact", run__baselines=True, run__rounds=1
-    )
-    assert len(rows(folder, "baseline")) == 4
