@@ -48,7 +48,7 @@ class SiteAccount:
             base,
             rows,
             config.run.rounds,
-            secure_aggregation=False,
+            secure_aggregation=config.secure.on,
         )
         if config.privacy.on:
             require_state_path(node, f"privacy.unit={config.privacy.unit!r}")

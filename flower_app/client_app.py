@@ -16,7 +16,7 @@ from flwr.clientapp import ClientApp
 from flwr.common.logger import log
 from torch import Tensor
 
-from flower_app import baselines, compose
+from flower_app import baselines, compose, secure
 from flower_app.account import SiteAccount
 from flower_app.conditions import check_node
 from flower_app.config import Config, parse
@@ -36,6 +36,7 @@ from models.section import ConfigError
 from models.text import EncodingError
 from models.train import TrainingError
 from models.wire import WireError
+from privacy.secure.errors import SecureError
 from strategies.messages import Scalar, arrays_of, config_of, decode_all, to_record
 
 app = ClientApp()
@@ -45,8 +46,8 @@ _WORKER = Worker()
 
 # Faults that a person can mend: they travel as a reason, so that it reads the same everywhere.
 _EXPLAINED = (
-    BatchError, ConfigError, DataError, EncodingError, LayoutError, TrainingError, WireError,
-    OSError, torch.OutOfMemoryError,
+    BatchError, ConfigError, DataError, EncodingError, LayoutError, SecureError, TrainingError,
+    WireError, OSError, torch.OutOfMemoryError,
 )  # fmt: skip
 
 # What looks like an absolute path, such as the cache from which a model is read.
@@ -101,13 +102,7 @@ def _told(error: Exception, node: NodeConfig | None) -> str:
     if isinstance(error, DataError | OSError) or not isinstance(error, _EXPLAINED):
         return f"{type(error).__name__}: the log at the site says what is wrong."
     text = str(error)
-    given = [
-        Path(path)
-        for path in (
-            node.data_path, node.eval_path, node.model_path, node.state_path, node.policy_path
-        )
-        if path
-    ]  # fmt: skip
+    given = [Path(path) for path in node.paths if path]
     forms = {str(form) for p in given for form in (p, p.expanduser(), p.expanduser().resolve())}
     for path in sorted(forms, key=len, reverse=True):  # a path within another one goes first
         text = text.replace(path, "...")
@@ -129,8 +124,10 @@ def _received(message: Message, payload: Payload) -> dict[str, Tensor]:
 @answering("member")
 def on_roll_call(message: Message, config: Config, node: NodeConfig) -> RecordDict:
     """Say who this site is and whether it can take part; loads its model and rows to be sure."""
-    if keeping := compose.keeps(config):
+    if keeping := compose.stores(config):
         require_state_path(node, keeping)
+    if config.secure.on:
+        secure.Keys.of(config, node, node.site, ())
     compose.site_rank(config, node)
     base, _ = _WORKER.model(config, node)
     site = _WORKER.site(config, node)
@@ -168,6 +165,8 @@ def on_train(message: Message, config: Config, node: NodeConfig) -> RecordDict:
     received = _received(message, payload)
     round_ = int(str(plan["round"]))
     work = SiteRound(config, node, payload, site, received, plan, done=round_ - 1)
+    layout = compose.travelling(config, payload)
+    hidden = secure.Outgoing.claim(config, node, message, layout, site)
     account = SiteAccount(config, node, plan, site=site.name, rows=site.rows, base=base.digest)
     account.charge(releases(config, site.rows, [round_]))
     loaded = time.perf_counter()
@@ -206,7 +205,8 @@ def on_train(message: Message, config: Config, node: NodeConfig) -> RecordDict:
     report |= score_fields("before", before) | score_fields("after", after)
     report |= score_fields("backdoor", backdoor) if backdoor.rows else {}
     report |= score_fields("personal", personal) if personal else {}
-    return RecordDict({"arrays": to_record(delta), "report": ConfigRecord({**report})})
+    arrays = hidden.masked(layout.flatten(delta)) if hidden else to_record(delta)
+    return RecordDict({"arrays": arrays, "report": ConfigRecord({**report})})
 
 
 @app.evaluate()
@@ -228,10 +228,25 @@ def on_evaluate(message: Message, config: Config, node: NodeConfig) -> RecordDic
         score, lambda: _WORKER.score(config, site, payload, pad_token(base))
     )
     work.keep_adapter()
+    secure.clear(config, node, plan, site.name)
     fields = score_fields("before", score)
     fields |= score_fields("backdoor", backdoor) if backdoor.rows else {}
     fields |= score_fields("personal", personal) if personal else {}
     return RecordDict({"report": ConfigRecord({**fields})})
+
+
+def _on_secure(step: str) -> Callable[[Message, Context], Message]:
+    """The handler of a step of secure aggregation."""
+
+    @answering("answer")
+    def on_step(message: Message, config: Config, node: NodeConfig) -> RecordDict:
+        return secure.answer(step, _WORKER, message, config, node)
+
+    return on_step
+
+
+for _step in secure.STEPS:
+    app.query(_step)(_on_secure(_step))
 
 
 @app.train("baseline")

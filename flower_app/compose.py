@@ -21,10 +21,13 @@ from models.section import ConfigError
 from models.seeds import derive
 from privacy import noise
 from privacy.noise import Source
+from privacy.secure import groups
+from privacy.secure.exchange import Masks
 from strategies import control, registry
 from strategies.attacks import registry as attacks
 from strategies.attacks.registry import Attack
 from strategies.cohort import CohortError
+from strategies.exchange import Exchange
 from strategies.lora import check_ranks, frozen_factor
 from strategies.sampling import sample
 from strategies.stage import Rule
@@ -47,6 +50,7 @@ def check_names(config: Config) -> None:
     _check_factors(config)
     _check_ditto(config)
     check_privacy(config)
+    _check_secure(config)
 
 
 def check_privacy(config: Config) -> None:
@@ -68,6 +72,25 @@ def noise_source(config: Config, *purpose: str | int) -> Source:
     if config.privacy.noise_source == "seeded":
         return noise.seeded(config.run.seed, *purpose)
     return noise.secure()
+
+
+def _check_secure(config: Config) -> None:
+    """Refuse what needs the update of a single site at the server."""
+    groups.check_rule(config.secure, config.strategy)
+    if not config.secure.on:
+        return
+    mode = f"secure.aggregation={config.secure.aggregation!r}"
+    if attack(config).rewrites:
+        raise ConfigError(
+            f"Expected an attack on the sites' rows with {mode}, got attack.name="
+            f"{config.attack.name!r}, which rewrites updates that nobody sees; set attack.name to "
+            "one that poisons rows, or secure.aggregation='none'."
+        )
+    if config.privacy.unit == "client":
+        raise ConfigError(
+            f"Expected privacy.unit='record' or 'none' with {mode}, got 'client', for which the "
+            "server clips each update; set one of them, or secure.aggregation='none'."
+        )
 
 
 def _check_factors(config: Config) -> None:
@@ -141,7 +164,12 @@ def check_sites(config: Config, sites: Iterable[str]) -> None:
     settings = config.strategy
     asked = sample(sites, settings.fraction, settings.min_sites, config.run.seed, 1)
     try:
-        chain(config).requires(len(asked))
+        rows = len(asked)
+        if config.secure.on:
+            secure = config.secure
+            groups.drawn(asked, secure.groups, secure.min_group, config.run.seed, 1)
+            rows = secure.groups
+        chain(config).requires(rows)
     except CohortError as error:
         raise ConfigError(str(error)) from error
 
@@ -214,6 +242,25 @@ def keeps(config: Config) -> str:
         "train.correction='scaffold'": config.train.correction == "scaffold",
     }
     return ", ".join(name for name, on in settings.items() if on)
+
+
+def stores(config: Config) -> str:
+    """The settings that make a site write something to its folder; empty if none does."""
+    secure = "secure.aggregation" if config.secure.on else ""
+    return ", ".join(filter(None, [keeps(config), secure]))
+
+
+def weight(config: Config, rows: int) -> int:
+    """What a site with that many training rows counts for."""
+    return 1 if config.strategy.weighting == "uniform" else min(rows, config.strategy.weight_cap)
+
+
+def exchange(config: Config, layout: Layout, run: str) -> Exchange | None:
+    """How updates get to the server of a run; None: as they are."""
+    if not config.secure.on:
+        return None
+    norm, seed = config.strategy.max_update_norm, config.run.seed
+    return Masks(config.secure, layout, run, config.digest, seed, norm)
 
 
 def travelling(config: Config, payload: Payload) -> Layout:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -14,6 +15,7 @@ from flower_app.data.config import DataConfig
 from models.config import ModelConfig, PayloadConfig, TrainConfig
 from models.section import ConfigError, Section, unknown
 from privacy.config import PrivacyConfig
+from privacy.secure.config import SecureConfig
 from strategies.attacks.config import AttackConfig
 from strategies.config import StrategyConfig
 
@@ -65,12 +67,18 @@ class Config(Section):
     train: TrainConfig
     strategy: StrategyConfig
     privacy: PrivacyConfig
+    secure: SecureConfig
     attack: AttackConfig
 
     def flat(self) -> dict[str, Value]:
         """All keys, dotted and in kebab case, with their resolved values."""
         nested = self.model_dump(by_alias=True)
         return {f"{s}.{key}": value for s, keys in nested.items() for key, value in keys.items()}
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over all keys and values."""
+        return hashlib.sha256(json.dumps(self.flat(), sort_keys=True).encode()).hexdigest()
 
 
 def sections() -> dict[str, type[Section]]:
@@ -154,7 +162,8 @@ def _explain(error: ErrorDetails) -> str:
 def _contradictions(config: Config) -> list[str]:
     """What is wrong with settings that are each right by themselves, one message each."""
     found: list[str] = []
-    for section in (config.payload, config.data, config.train, config.strategy, config.privacy):
+    checked = (config.payload, config.data, config.train, config.strategy)
+    for section in (*checked, config.privacy, config.secure):
         try:
             section.check()
         except ConfigError as error:

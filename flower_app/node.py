@@ -32,6 +32,21 @@ class NodeConfig(Section):
     policy_path: str = Field(
         "", description="File in TOML with what the site takes part in; empty: in anything."
     )
+    key_path: str = Field(
+        "",
+        description="PEM file of the site's own Ed25519 key; needed for secure aggregation.",
+    )
+    peers_path: str = Field(
+        "",
+        description="Folder with the public key of each site as `<site>.pem`; needed for secure "
+        "aggregation.",
+    )
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Every path that the operator gave, which is nobody else's business."""
+        own = (self.data_path, self.eval_path, self.model_path, self.state_path)
+        return (*own, self.policy_path, self.key_path, self.peers_path)
 
     @property
     def simulated(self) -> bool:

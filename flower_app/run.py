@@ -66,7 +66,9 @@ def run(grid: Grid, config: Config) -> RunFolder:
         log(WARNING, "Simulated attack %r by %s.", config.attack.name, ", ".join(sorted(malicious)))
         recorder.attacked(config.attack.name, malicious)
     plan = _plan(folder, facts, _mode(members))
-    strategy = _strategy(config, base, payload, roster, recorder, folder, plan, members)
+    strategy = _strategy(
+        config, base, payload, roster, recorder, folder, plan, members, facts.get("run", "")
+    )
     if checkpoint:
         strategy.restore(checkpoint.round, checkpoint.state, checkpoint.fold)
         log(INFO, "Going on after round %d.", checkpoint.round)
@@ -116,7 +118,7 @@ def _facts(
 ) -> dict[str, str]:
     """What stays the same when the run is resumed; raises ConfigError where it does not."""
     facts = {"layout": compose.travelling(config, payload).digest, "base": base.digest}
-    if compose.keeps(config) or config.privacy.on:
+    if compose.stores(config) or config.privacy.on:
         # The name that sites know the run by, whatever its folder is called.
         known = checkpoint.facts if checkpoint else {}
         facts["run"] = known.get("run", folder.path.name)
@@ -183,6 +185,7 @@ def _strategy(
     folder: RunFolder,
     plan: Mapping[str, Scalar],
     sites: Iterable[str],
+    run: str,
 ) -> ComposedStrategy:
     layout = compose.travelling(config, payload)
     adversary = compose.adversary(config, layout, sites)
@@ -200,6 +203,7 @@ def _strategy(
         listener=recorder,
         trusted=RootTrainer(config, base, payload).update if config.strategy.trusts else None,
         lora_scale=payload.lora_scale,
+        exchange=compose.exchange(config, layout, run),
         **others,
     )
 

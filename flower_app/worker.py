@@ -99,8 +99,11 @@ class Worker:
 
     def site(self, config: Config, node: NodeConfig) -> Site:
         """The node's own site, encoded; raises DataError when its rows cannot be used."""
-        name = self.names(config, node)[node.partition_id] if node.simulated else node.site
-        return self._open(config, node, name)
+        return self._open(config, node, self.name(config, node))
+
+    def name(self, config: Config, node: NodeConfig) -> str:
+        """Name of the node's own site; a deployed one needs to read nothing for it."""
+        return self.names(config, node)[node.partition_id] if node.simulated else node.site
 
     def all_sites(self, config: Config, node: NodeConfig) -> list[Site]:
         """Every site of a simulation, encoded; raises ConfigError at a deployed site."""

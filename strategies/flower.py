@@ -374,8 +374,10 @@ def _relabelled(
     reasons: Mapping[str, str],
     status: Literal["failed", "screened"],
 ) -> tuple[SiteOutcome, ...]:
-    """Outcomes with another status for sites that have a reason for it."""
+    """Outcomes with another status for sites that answered well and have a reason for it."""
     return tuple(
-        replace(o, status=status, reason=reasons[o.site]) if o.site in reasons else o
+        replace(o, status=status, reason=reasons[o.site])
+        if o.status == "ok" and o.site in reasons
+        else o
         for o in outcomes
     )

@@ -194,7 +194,7 @@ def _values(info: FieldInfo) -> st.SearchStrategy[Any]:
         if hasattr(rule, name)
     }
     if info.annotation is int:
-        return st.integers(bounds.get("ge", 0), 2**40)
+        return st.integers(bounds.get("ge", 0), bounds.get("le", 2**40))
     return st.floats(
         bounds.get("ge", bounds.get("gt", 0.0)),
         bounds.get("le", bounds.get("lt", 1e9)),
@@ -237,6 +237,8 @@ def configs(draw: st.DrawFn) -> dict[str, Value]:
     )
     noised = flat["privacy.metrics"] == "noised"
     flat["privacy.metrics-noise-multiplier"] = 2.5 if noised else 0.0
+    if flat["secure.aggregation"] == "none":
+        flat["secure.groups"] = 1
     return flat
 
 

@@ -1,0 +1,237 @@
+"""A site's side of secure aggregation: its keys, its session, and the answer to each step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from logging import WARNING
+from types import MappingProxyType
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.common.logger import log
+from torch import Tensor
+
+from flower_app import compose
+from flower_app.config import Config
+from flower_app.node import NodeConfig
+from flower_app.sitestate import site_state
+from flower_app.worker import Site, Worker
+from models.layout import Layout
+from models.section import ConfigError
+from models.seeds import derive
+from models.wire import RawArray
+from privacy.secure import site as steps
+from privacy.secure.errors import SecureError
+from privacy.secure.exchange import MASKED
+from privacy.secure.keys import NodeKey, Pinned
+from privacy.secure.sessions import Sessions
+from privacy.secure.site import Session
+from privacy.secure.terms import Terms, model_hash
+from strategies.exchange import Parcel
+from strategies.messages import Scalar, arrays_of, config_of, decode_all, pack
+
+Plan = Mapping[str, Scalar]
+
+
+@dataclass(frozen=True)
+class Keys:
+    """The site's own node key, and the public ones that are pinned at it."""
+
+    own: NodeKey
+    pinned: Pinned
+
+    @classmethod
+    def of(cls, config: Config, node: NodeConfig, site: str, members: tuple[str, ...]) -> Keys:
+        """From the files that the node config names; in a simulation made from the run's seed.
+
+        Raises ConfigError.
+        """
+        if node.simulated:
+            made = {name: NodeKey.simulated(config.run.seed, name) for name in {site, *members}}
+            return cls(made[site], Pinned({name: key.public for name, key in made.items()}))
+        for key, value in {"key-path": node.key_path, "peers-path": node.peers_path}.items():
+            if not value:
+                raise ConfigError(
+                    f"Expected {key!r} in this node's config, since secure.aggregation="
+                    f"{config.secure.aggregation!r} signs with keys that the sites know of each "
+                    "other; docs/privacy.md says how to make them."
+                )
+        own, pinned = NodeKey.load(node.key_path), Pinned.load(node.peers_path)
+        if pinned.keys.get(site, own.public) != own.public:
+            raise ConfigError(
+                f"Expected {site}.pem in the folder of 'peers-path' to be the public half of "
+                "'key-path', got another key; make it again with 'openssl pkey -pubout'."
+            )
+        return cls(own, pinned)
+
+
+def sessions(node: NodeConfig, plan: Plan, site: str) -> Sessions:
+    """Where a site keeps its session in the run of `plan`."""
+    return Sessions(site_state(node, plan, site).folder / "secure")
+
+
+def clear(config: Config, node: NodeConfig, plan: Plan, site: str) -> None:
+    """Destroy what an unfinished round left at a site."""
+    if config.secure.on:
+        sessions(node, plan, site).clear()
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A question of the server at a site: what was asked, and what the answer takes."""
+
+    worker: Worker
+    config: Config
+    node: NodeConfig
+    plan: Plan
+    parcel: Parcel
+    name: str
+
+    @property
+    def sessions(self) -> Sessions:
+        return sessions(self.node, self.plan, self.name)
+
+    def keys(self, terms: Terms) -> Keys:
+        return Keys.of(self.config, self.node, self.name, terms.members)
+
+    def advertise(self) -> Parcel:
+        """Step 1."""
+        weight = compose.weight(self.config, self.worker.site(self.config, self.node).rows)
+        terms = _terms(self.config, self.parcel)
+        session, answer = steps.advertise(terms, self.name, weight, self.keys(terms).own)
+        self.sessions.begin(session)
+        return answer
+
+    def share(self) -> Parcel:
+        """Step 2."""
+        session = self.sessions.take()
+        keys = self.keys(session.terms)
+        session, answer = steps.share(session, self.parcel, keys.own, keys.pinned)
+        self.sessions.keep(session)
+        return answer
+
+    def confirm(self) -> Parcel:
+        """Step 4."""
+        session = self.sessions.take()
+        session, answer = steps.confirm(session, self.parcel, self.keys(session.terms).own)
+        self.sessions.keep(session)
+        return answer
+
+    def unmask(self) -> Parcel:
+        """Step 5, after which nothing is left here."""
+        session = self.sessions.take()
+        answer = steps.unmask(session, self.parcel, self.keys(session.terms).pinned)
+        self.sessions.clear()
+        return answer
+
+
+STEPS: Mapping[str, Callable[[_Step], Parcel]] = MappingProxyType(
+    {
+        "secure_advertise": _Step.advertise,
+        "secure_share": _Step.share,
+        "secure_confirm": _Step.confirm,
+        "secure_unmask": _Step.unmask,
+    }
+)
+
+
+def answer(
+    step: str, worker: Worker, message: Message, config: Config, node: NodeConfig
+) -> RecordDict:
+    """Answer a question of the server; raises SecureError, ConfigError."""
+    if not config.secure.on:
+        raise SecureError("Expected no step of secure aggregation with secure.aggregation='none'.")
+    plan, parcel = _record(message, "plan"), dict(config_of(message.content, "parcel").items())
+    asked = _Step(worker, config, node, plan, parcel, worker.name(config, node))
+    return RecordDict({"answer": ConfigRecord(dict(STEPS[step](asked)))})
+
+
+@dataclass(frozen=True)
+class Outgoing:
+    """An update on its way out of a site, as numbers behind masks (step 3)."""
+
+    config: Config
+    sessions: Sessions
+    session: Session
+    keys: Keys
+    parcel: Parcel
+    model: bytes
+    weight: int
+
+    @classmethod
+    def claim(
+        cls, config: Config, node: NodeConfig, message: Message, layout: Layout, site: Site
+    ) -> Outgoing | None:
+        """Take the session before training, so that it ends with it; None without aggregation.
+
+        Raises SecureError for a message that asks for an update outside a session.
+        """
+        if not config.secure.on:
+            return None
+        plan, content = _record(message, "plan"), message.content
+        place = sessions(node, plan, site.name)
+        session = place.take()
+        terms = session.terms
+        if (terms.round, terms.layout, terms.size) != (plan["round"], layout.digest, layout.size):
+            raise SecureError(
+                f"Expected the round and layout that this site has keys for, {terms.round} and "
+                f"{terms.layout[:12]}, got {plan['round']} and {layout.digest[:12]}."
+            )
+        return cls(
+            config,
+            place,
+            session,
+            Keys.of(config, node, site.name, terms.members),
+            dict(config_of(content, "parcel").items()),
+            model_hash(decode_all(arrays_of(content)), decode_all(arrays_of(content, "fold"))),
+            compose.weight(config, site.rows),
+        )
+
+    def masked(self, delta_D: Tensor) -> ArrayRecord:
+        """What leaves the site in place of `delta_D`, (D,) float32."""
+        secure, terms = self.config.secure, self.session.terms
+        generator = None
+        if secure.rounding == "stochastic":
+            seed = derive(self.config.run.seed, "rounding", self.session.site, terms.round)
+            generator = np.random.default_rng(seed)
+        words, cut = terms.numbers.encode(
+            delta_D.numpy(), self.weight, self.session.known.scale, generator
+        )
+        if cut:
+            log(
+                WARNING, "%d of %d changes exceed secure.range=%g and were cut off.",
+                cut, terms.size, secure.range,
+            )  # fmt: skip
+        session, hidden = steps.mask(self.session, self.parcel, words, self.model, self.keys.pinned)
+        self.sessions.keep(session)
+        data = terms.numbers.pack(hidden)
+        return pack({MASKED: RawArray("uint8", (len(data),), data)})
+
+
+def _terms(config: Config, parcel: Parcel) -> Terms:
+    """The terms that the server proposes, with this site's own idea of the settings."""
+    kinds = {"run": str, "round": int, "group": str, "layout": str, "size": int, "members": list}
+    values = {name: parcel.get(name) for name in kinds}
+    wrong = [name for name, kind in kinds.items() if not isinstance(values[name], kind)]
+    if wrong:
+        raise SecureError(f"Expected terms of a sum with {', '.join(kinds)}, got no {wrong[0]}.")
+    members = tuple(str(name) for name in values.pop("members"))  # type: ignore[union-attr]
+    least = config.secure.min_group
+    if len(set(members)) != len(members) or len(members) < least:
+        raise SecureError(
+            f"Expected a sum over at least {least} sites (secure.min-group), got {members!r:.200}."
+        )
+    secure = config.secure
+    return Terms(
+        **values,  # type: ignore[arg-type]
+        members=members,
+        bits=secure.bits,
+        range=secure.range,
+        settings=config.digest,
+    )
+
+
+def _record(message: Message, name: str) -> dict[str, Scalar]:
+    record = config_of(message.content, name)
+    return {key: value for key, value in record.items() if isinstance(value, Scalar)}

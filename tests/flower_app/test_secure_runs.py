@@ -1,0 +1,246 @@
+"""Secure aggregation in whole runs: the same model, and nothing of one site at the server."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.common.serde import config_record_from_proto, config_record_to_proto
+from safetensors.torch import load_file
+
+from flower_app import run as server
+from models.section import ConfigError
+from strategies.flower import RoundError
+from strategies.messages import arrays_of
+from tests.fakes import Answer, FakeGrid
+from tests.flower_app.nodes import NAMES, Nodes
+from tests.flower_app.runs import bytes_below, deploy, rows, run, simulate
+
+MASKS: dict[str, Any] = {"secure__aggregation": "masks"}
+
+
+@pytest.fixture(autouse=True)
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plots take longer than these runs."""
+    monkeypatch.setattr(server, "write_report", lambda folder: folder)
+
+
+def payload(folder: Path) -> dict[str, torch.Tensor]:
+    """The last checkpoint's payload."""
+    tensors = load_file(max((folder / "checkpoint").glob("round-*.safetensors")))
+    return {name: tensor for name, tensor in tensors.items() if name.startswith("payload/")}
+
+
+def assert_close(one: Path, other: Path, step: float) -> None:
+    ours, theirs = payload(one), payload(other)
+    assert ours.keys() == theirs.keys() and ours
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=step)
+
+
+LOW: dict[str, Any] = {
+    "secure__bits": 16, "secure__range": 0.1, "secure__rounding": "nearest", "run__rounds": 1,
+    "strategy__weighting": "uniform", "strategy__server_optimizer": "momentum",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("settings", "step"), [({}, 1e-6), (LOW, 1e-4)])
+def test_a_secure_run_equals_a_plain_one(
+    nodes: Nodes, settings: Mapping[str, Any], step: float
+) -> None:
+    plain = {key: value for key, value in settings.items() if not key.startswith("secure")}
+    reference, _ = simulate(nodes, "plain", plain)
+    folder, grid = simulate(nodes, "secure", MASKS | dict(settings))
+    assert_close(folder, reference, 2 * step)
+    moved = payload(folder)
+    assert any(bool(t.abs().sum() > 0) for name, t in moved.items() if "lora_B" in name)
+    kinds = [q.metadata.message_type for q in grid.questions if q.metadata.group_id != "roll-call"]
+    steps = ["query.secure_advertise", "query.secure_share", "train", "query.secure_confirm"]
+    expected = [kind for kind in [*steps, "query.secure_unmask"] for _ in NAMES]
+    assert kinds == expected * settings.get("run__rounds", 2) + ["evaluate"] * 3
+
+
+def test_the_server_sees_no_update_and_sites_keep_no_secret(nodes: Nodes) -> None:
+    seen: list[Message] = []
+
+    class Grid(FakeGrid):
+        def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+            found = list(super().pull_messages(message_ids))
+            seen.extend(found)
+            return found
+
+    keys = MASKS | {"run__output_dir": str(nodes.folder / "runs")}
+    inner = nodes.grid(*map(nodes.simulated, range(3)), **keys)
+    folder = run(nodes, Grid(inner.sites), **keys)
+    replies = [reply for reply in seen if reply.metadata.message_type == "train"]
+    assert len(replies) == 6
+    assert all(set(arrays_of(reply.content)) == {"masked"} for reply in replies)
+    kept = [file for file in (folder / "sites").rglob("*") if file.is_file()]
+    assert kept == []
+
+
+def test_the_same_seed_gives_the_same_bytes(nodes: Nodes) -> None:
+    """Masks are fresh each time, and leave no trace in the sum."""
+    one, _ = simulate(nodes, "one", MASKS | {"secure__bits": 16})
+    other, _ = simulate(nodes, "other", MASKS | {"secure__bits": 16})
+    assert bytes_below(one / "checkpoint") == bytes_below(other / "checkpoint")
+
+
+def test_lists_of_records_survive_flower_s_own_form(nodes: Nodes) -> None:
+    """An empty list of dropouts is one, also after Flower has written it down."""
+    record = ConfigRecord({"active": ["a", "b"], "dropped": [], "signatures": [b"x", b""]})
+    assert config_record_from_proto(config_record_to_proto(record)) == record
+
+
+def six(nodes: Nodes, silent: Mapping[str, frozenset[int]], **keys: Any) -> tuple[Path, FakeGrid]:
+    """A simulation of six sites, of which some do not answer certain messages."""
+    keys = MASKS | {"data__partition": "iid"} | keys
+    keys |= {"run__output_dir": str(nodes.folder / "runs"), "secure__stage_s": 0.05}
+    keys |= {"run__deadline_s": 0.05}
+    grid = nodes.grid(*(nodes.simulated(at, of=6) for at in range(6)), **keys)
+
+    def muted(node: int, site: Any) -> Any:
+        def answer(question: Message) -> Iterator[Answer]:
+            if node not in silent.get(question.metadata.message_type, ()):
+                yield from site(question)
+
+        return answer
+
+    grid.sites = {node: muted(node, site) for node, site in grid.sites.items()}
+    return run(nodes, grid, **keys), grid
+
+
+def statuses(folder: Path) -> dict[str, str]:
+    return {row["site"]: row["status"] for row in rows(folder, "site") if row["round"] == 1}
+
+
+@pytest.mark.parametrize("step", ["query.secure_share", "train", "query.secure_unmask"])
+def test_a_site_that_drops_out_on_the_way(nodes: Nodes, step: str) -> None:
+    folder, grid = six(nodes, {step: frozenset({2})}, run__rounds=1)
+    assert list(statuses(folder).values()).count("ok") == (
+        6 if step == "query.secure_unmask" else 5
+    )
+    assert len(grid.asked("train")) == (5 if step == "query.secure_share" else 6)
+    assert any(bool(t.abs().sum() > 0) for n, t in payload(folder).items() if "lora_B" in n)
+
+
+def test_too_few_sites_keep_the_sum_closed(nodes: Nodes) -> None:
+    with pytest.raises(RoundError, match=r"at least 5 of 6 sites of group 1 that sent mas"):
+        six(nodes, {"train": frozenset({2, 3})}, run__rounds=1)
+
+
+def test_a_group_that_fails_does_not_end_the_round(nodes: Nodes) -> None:
+    keys = {"secure__groups": 2, "strategy__rule": "mean", "run__rounds": 1}
+    folder, _ = six(nodes, {"train": frozenset({2})}, **keys)
+    assert sorted(statuses(folder).values()) == ["failed"] * 2 + ["missing"] + ["ok"] * 3
+
+
+def test_a_median_of_sums(nodes: Nodes) -> None:
+    keys = {"secure__groups": 2, "strategy__rule": "median", "run__rounds": 1}
+    folder, _ = six(nodes, {}, **keys)
+    assert any(bool(t.abs().sum() > 0) for n, t in payload(folder).items() if "lora_B" in n)
+
+
+def write_keys(folder: Path) -> None:
+    """A key for each site, and the folder of public ones."""
+    (folder / "peers").mkdir(parents=True)
+    for name in NAMES:
+        key = Ed25519PrivateKey.generate()
+        pem = key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+        (folder / f"{name}.pem").write_bytes(pem)
+        public = key.public_key().public_bytes(
+            serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+        )
+        (folder / "peers" / f"{name}.pem").write_bytes(public)
+
+
+def deployed(nodes: Nodes, **keys: Any) -> tuple[Path, FakeGrid]:
+    folder = nodes.folder / "keys"
+    keys = {"run__output_dir": str(nodes.folder / "runs")} | keys
+    keys |= MASKS | {"data__partition": "own", "strategy__min_sites": 3}
+    configs = [
+        nodes.deployed(
+            name,
+            state_path=str(nodes.folder / "state"),
+            key_path=str(folder / f"{name}.pem"),
+            peers_path=str(folder / "peers"),
+        )
+        for name in NAMES
+    ]
+    grid = nodes.grid(*configs, **keys)
+    return run(nodes, grid, **keys), grid
+
+
+def test_deployed_sites_with_keys_of_their_own(nodes: Nodes) -> None:
+    write_keys(nodes.folder / "keys")
+    reference, _ = deploy(nodes, "plain")
+    folder, _ = deployed(nodes)
+    assert_close(folder, reference, 2e-6)
+    assert [file for file in (nodes.folder / "state").rglob("*.json")] == []
+
+
+def test_a_key_that_is_not_pinned_is_named(nodes: Nodes) -> None:
+    write_keys(nodes.folder / "keys")
+    wrong = nodes.folder / "keys" / "peers"
+    (wrong / "east.pem").write_bytes((wrong / "west.pem").read_bytes())
+    with pytest.raises(ConfigError, match=r"Expected east.pem in the folder of 'peers-path'"):
+        deployed(nodes, run__deadline_s=0.3)
+
+
+def test_keys_are_asked_for_at_the_roll_call(nodes: Nodes) -> None:
+    with pytest.raises(ConfigError, match="Expected 'key-path' in this node's config, since"):
+        deploy(nodes, "secure", MASKS, run__deadline_s=0.3)
+
+
+def test_a_site_sends_nothing_in_the_open(nodes: Nodes) -> None:
+    """A server that asks for the update straight away gets none."""
+    delta, report = nodes.train(nodes.simulated(0), **MASKS)
+    assert not delta
+    assert report["error"].startswith("Expected a session of secure aggregation at this site")
+
+
+def advertised(nodes: Nodes, node: Mapping[str, Any]) -> dict[str, Any]:
+    plan = ConfigRecord({"state": str(nodes.folder / "sites"), "run": "a-run"})
+    terms = {"run": "r", "round": 1, "group": "g", "layout": "l", "size": 3}
+    content = RecordDict({"plan": plan, "parcel": ConfigRecord(terms | {"members": list(NAMES)})})
+    answer = nodes.hand("query.secure_advertise", node, content, **MASKS)
+    return dict(answer.config_records["answer"])
+
+
+def test_a_session_is_taken_once(nodes: Nodes) -> None:
+    assert set(advertised(nodes, nodes.simulated(0))) == {
+        "sealing", "masking", "magnitude", "signature",
+    }  # fmt: skip
+    (kept,) = (nodes.folder / "sites").rglob("session.json")
+    assert kept.stat().st_mode & 0o077 == 0
+    assert json.loads(kept.read_text())["step"] == "advertised"
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"strategy__rule": "median"}, r"secure\.groups=1, got strategy\.rule='median'"),
+        ({"strategy__pre": "clip"}, r"strategy\.pre='clip'; set secure\.groups"),
+        ({"strategy__rule": "lora-exact"}, "which needs the factors of each site; set strategy"),
+        ({"attack__name": "sign-flip"}, "which rewrites updates that nobody sees"),
+        ({"secure__groups": 2}, r"Expected at least 6 sites for secure\.groups=2"),
+        ({"secure__aggregation": "none", "secure__groups": 2}, r"Expected secure\.groups=1 with"),
+        ({"secure__bits": 8, "secure__aggregation": "mask"}, "secure.aggregation"),
+    ],
+)
+def test_what_cannot_be_had_is_refused(
+    nodes: Nodes, settings: Mapping[str, Any], text: str
+) -> None:
+    with pytest.raises(ConfigError, match=text):
+        simulate(nodes, "runs", MASKS | dict(settings))
