@@ -10,6 +10,7 @@ from pathlib import Path
 from flower_app.config import Config
 from flower_app.node import NodeConfig
 from flower_app.sitestate import file_name, require_state_path
+from models.paths import located
 from models.section import ConfigError
 from privacy.events import Event, Unit
 from privacy.ledger import FILE, Ledger
@@ -121,19 +122,19 @@ class ServerAccount:
 
 def server_ledger(config: Config) -> Ledger:
     """The ledger of all runs of an output folder."""
-    return Ledger(Path(config.run.output_dir).expanduser() / FILE)
+    return Ledger(located(config.run.output_dir) / FILE)
 
 
 def policy_of(node: NodeConfig) -> Policy | None:
     """The policy that a node names, None without one; raises ConfigError for one not readable."""
-    return read_policy(Path(node.policy_path).expanduser()) if node.policy_path else None
+    return read_policy(located(node.policy_path)) if node.policy_path else None
 
 
 def ledger_path(node: NodeConfig, plan: Mapping[str, Scalar], site: str) -> Path | None:
     """Where the site's ledger is: one for all runs, in a simulation one for each; None: nowhere."""
     if node.simulated:
         return Path(str(plan["state"])) / file_name(site) / FILE if "state" in plan else None
-    return Path(node.state_path).expanduser() / FILE if node.state_path else None
+    return located(node.state_path) / FILE if node.state_path else None
 
 
 def _unit(events: Sequence[Event]) -> Unit:

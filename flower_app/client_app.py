@@ -31,6 +31,7 @@ from models import fold
 from models.batches import BatchError
 from models.evaluate import Score
 from models.layout import LayoutError
+from models.paths import located
 from models.payload import Payload
 from models.section import ConfigError
 from models.text import EncodingError
@@ -103,7 +104,7 @@ def _told(error: Exception, node: NodeConfig | None) -> str:
         return f"{type(error).__name__}: the log at the site says what is wrong."
     text = str(error)
     given = [Path(path) for path in node.paths if path]
-    forms = {str(form) for p in given for form in (p, p.expanduser(), p.expanduser().resolve())}
+    forms = {str(form) for p in given for form in (p, located(str(p)), located(str(p)).resolve())}
     for path in sorted(forms, key=len, reverse=True):  # a path within another one goes first
         text = text.replace(path, "...")
     return _PATH.sub("...", text)

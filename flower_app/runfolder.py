@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flower_app.config import Config, defaults
+from models.paths import located
 from models.section import ConfigError
 
 # Keys that may change between a run and its continuation: none of them decides the bytes of a round
@@ -60,7 +61,7 @@ class RunFolder:
     @classmethod
     def create(cls, config: Config) -> RunFolder:
         """Make a new run folder, write its config.toml and point `latest` at it."""
-        base = Path(config.run.output_dir).expanduser().absolute()
+        base = located(config.run.output_dir).absolute()
         stem = f"{datetime.now():%Y%m%d-%H%M%S}-{config.run.name}"
         try:
             base.mkdir(parents=True, exist_ok=True)
@@ -83,9 +84,9 @@ class RunFolder:
         Raises ConfigError when there is no such run or its configuration was another one, and
         CheckpointError when its checkpoint cannot be read.
         """
-        named = Path(config.run.resume).expanduser()
+        named = located(config.run.resume)
         if config.run.resume == "latest":
-            named = Path(config.run.output_dir).expanduser() / "latest"
+            named = located(config.run.output_dir) / "latest"
         path = named.resolve()
         if not (path / "config.toml").is_file():
             raise ConfigError(

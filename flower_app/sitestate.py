@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flower_app.node import NodeConfig
 from flower_app.runfolder import replacing
+from models.paths import located
 from models.payload import Payload
 from models.section import ConfigError
 from strategies.messages import Scalar
@@ -127,9 +128,7 @@ def site_state(node: NodeConfig, plan: Mapping[str, Scalar], site: str) -> SiteS
     """State of `site` in the run of `plan`: below state-path, in simulation in the run folder."""
     if node.simulated:
         return SiteState(Path(str(plan["state"])) / file_name(site))
-    return SiteState(
-        Path(node.state_path).expanduser() / file_name(str(plan["run"])) / file_name(site)
-    )
+    return SiteState(located(node.state_path) / file_name(str(plan["run"])) / file_name(site))
 
 
 def require_state_path(node: NodeConfig, why: str) -> None:

@@ -18,13 +18,14 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 
 from models import embedded
 from models.config import ModelConfig
+from models.paths import located
 from models.section import ConfigError
 
 # Everything in a model folder that decides what the model computes or how text becomes tokens.
 _DECISIVE = ("config.json", "*.safetensors", "tokenizer*", "vocab*", "merges.txt", "*.model")
 
 # How a name starts that can only be a path, and so means nothing on another machine.
-PATHLIKE = (".", "/", "~")
+PATHLIKE = (".", "/", "~", "$")
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def find_folder(name: str) -> Path:
     """Folder in hub format behind `name`; raises ConfigError when there is none."""
     if name == "embedded":
         return embedded.ensure()
-    folder = Path(name).expanduser()
+    folder = located(name)
     if not folder.exists() and not name.startswith(PATHLIKE):
         folder = _from_hub(name)
     if not (folder / "config.json").is_file():

@@ -17,6 +17,8 @@ import pyarrow.csv
 import pyarrow.parquet
 from datasets import Dataset, concatenate_datasets, load_dataset
 
+from models.paths import located
+
 SPLITS = ("train", "validation", "valid", "val", "dev", "test")
 """Beginnings of file names that tell the splits of a folder apart."""
 
@@ -39,7 +41,7 @@ def load_rows(source: str, split: str = "train") -> Dataset:
         from flower_app.data import embedded
 
         rows = Dataset.from_list(list(embedded.rows()))
-    elif (path := Path(source).expanduser()).exists():
+    elif (path := located(source)).exists():
         rows = _read_folder(path, split) if path.is_dir() else _read_file(path)
     elif _looks_like_path(source):
         raise DataError(

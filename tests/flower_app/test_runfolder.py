@@ -56,6 +56,18 @@ def resumed(base: Path, **changes: Value) -> tuple[RunFolder, Checkpoint | None]
     return folder, last
 
 
+def test_a_configuration_need_not_say_where_the_folder_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLORILEGIUM_TEST_RUNS", str(tmp_path / "runs"))
+    named = config(Path("$FLORILEGIUM_TEST_RUNS"))
+    folder = RunFolder.create(named)
+    assert folder.path.parent == tmp_path / "runs"
+    assert str(tmp_path) not in (folder.path / "config.toml").read_text()
+    again, _ = RunFolder.resume(config(Path("$FLORILEGIUM_TEST_RUNS"), run__resume="latest"))
+    assert again.path == folder.path
+
+
 def test_create_makes_a_folder_and_points_latest_at_it(tmp_path: Path) -> None:
     base = tmp_path / "made" / "on demand"
     first = RunFolder.create(config(base, run__name="a"))

@@ -151,6 +151,16 @@ def test_a_pickle_beside_safetensors_is_not_touched(folder: Path) -> None:
     assert load(settings(folder)).digest == before
 
 
+def test_a_model_may_be_named_by_a_variable(
+    tiny_models: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLORILEGIUM_TEST_MODEL", str(tiny_models["llama"]))
+    assert load(settings(Path("$FLORILEGIUM_TEST_MODEL"))).folder == tiny_models["llama"]
+    monkeypatch.delenv("FLORILEGIUM_TEST_MODEL")
+    with pytest.raises(ConfigError, match=r"Expected a model folder .* got '\$FLORILEGIUM_TEST_"):
+        load(settings(Path("$FLORILEGIUM_TEST_MODEL")))
+
+
 def test_an_unknown_hub_id_offline_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     expected = r"Expected 'embedded', a folder or a reachable hub id, got 'nobody/no-such-model' \("
