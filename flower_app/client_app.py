@@ -196,7 +196,7 @@ def on_train(message: Message, config: Config, node: NodeConfig) -> RecordDict:
         "base_reads": _WORKER.bases.reads,
         "worker": worker_name(),
     }
-    if not private:  # what they say of single records has no noise
+    if not config.privacy.noised_by_sites:  # what they say of the rows has no noise
         report |= {
             "train_loss": outcome.loss,
             "tokens": outcome.tokens,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor
 
+from flower_app import clientlevel
 from flower_app.adversary import Adversary
 from flower_app.conditions import check_records
 from flower_app.config import Config
@@ -20,6 +22,7 @@ from models.payload import Payload, prompting
 from models.section import ConfigError
 from models.seeds import derive
 from privacy import noise
+from privacy.client_level import Charge
 from privacy.noise import Source
 from privacy.secure import groups
 from privacy.secure.exchange import Masks
@@ -54,15 +57,9 @@ def check_names(config: Config) -> None:
 
 
 def check_privacy(config: Config) -> None:
-    """Refuse guarantees that would not hold, or that this version cannot give.
-
-    Raises ConfigError.
-    """
+    """Refuse guarantees that would not hold; raises ConfigError."""
     if config.privacy.unit == "client":
-        raise ConfigError(
-            "Expected privacy.unit='none' or 'record', got 'client'; this version trains without "
-            "client-level differential privacy."
-        )
+        clientlevel.check(config)
     if config.privacy.unit == "record":
         check_records(config)
 
@@ -130,9 +127,24 @@ def _check_ditto(config: Config) -> None:
         )
 
 
-def chain(config: Config) -> Rule:
-    """The aggregation chain: pre-aggregation, rule, server optimiser."""
-    return registry.build(config.strategy)
+def chain(config: Config, sites: int, charge: Charge) -> Rule:
+    """The aggregation chain: pre-aggregation, rule, noise where there is any, server optimiser.
+
+    `charge` writes down what the server releases about clients in a run of `sites` sites.
+    """
+    if not clientlevel.central(config):
+        return registry.build(config.strategy)
+
+    def draw(generator: torch.Generator) -> Source:
+        ticket = int(torch.randint(2**62, (), generator=generator))
+        return noise_source(config, "client", ticket)
+
+    return clientlevel.chain(config, sites, draw, charge)
+
+
+def sent(config: Config, delta: dict[str, Tensor], site: str, round_: int) -> dict[str, Tensor]:
+    """A site's update of a round as it leaves, with the noise that the site adds to all of it."""
+    return clientlevel.sent(config, delta, noise_source(config, "client", site, round_))
 
 
 def alone(config: Config) -> Rule:
@@ -169,7 +181,7 @@ def check_sites(config: Config, sites: Iterable[str]) -> None:
             secure = config.secure
             groups.drawn(asked, secure.groups, secure.min_group, config.run.seed, 1)
             rows = secure.groups
-        chain(config).requires(rows)
+        registry.build(config.strategy).requires(rows)
     except CohortError as error:
         raise ConfigError(str(error)) from error
 

@@ -7,12 +7,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from flower_app import clientlevel
 from flower_app.config import Config
 from flower_app.releases import evaluations, parts_apart, releases
 from privacy.events import Event, Unit
 from privacy.statement import Statement, state
 
 _PUBLIC = "held-out rows are public: their scores have no noise"
+_SERVERS_OWN = (
+    "who was asked, and what sites report, stays with the server: the run folder is not covered, "
+    "but for its adapter"
+)
+_REPEATS = "the noise repeats with run.seed: it is for experiments, and protects nobody"
 _OF_ONE_RUN = "this run alone: ledgers add up the runs on the same rows"
 
 
@@ -40,8 +46,12 @@ def guarantee(
             [], unit, config.privacy.delta
         )
     told = worst.as_dict()
-    told["assumptions"] += [_OF_ONE_RUN]
-    if unit == "record":
+    told["assumptions"] += [
+        *([_SERVERS_OWN] if clientlevel.central(config) else []),
+        *([_REPEATS] if config.privacy.noise_source == "seeded" else []),
+        _OF_ONE_RUN,
+    ]
+    if config.privacy.noised_by_sites:
         told["metrics"] = config.privacy.metrics
         if config.privacy.metrics == "exact":
             told["assumptions"] += [_PUBLIC]

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from flower_app import clientlevel
 from flower_app.config import Config
 from privacy.accounting import calibrate
 from privacy.events import Event
@@ -37,6 +38,8 @@ def record_plan(config: Config, rows: int) -> RecordPlan:
 
 def releases(config: Config, rows: int, rounds: Iterable[int]) -> list[Event]:
     """What a site with `rows` records releases in training in `rounds`; nothing without DP."""
+    if config.privacy.unit == "client":
+        return clientlevel.site_events(config, rounds)
     if config.privacy.unit != "record":
         return []
     plan = record_plan(config, rows)

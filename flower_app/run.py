@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from logging import INFO, WARNING
 from pathlib import Path
@@ -16,7 +16,7 @@ from flwr.serverapp import Grid
 from safetensors import SafetensorError
 from torch import Tensor
 
-from flower_app import compose
+from flower_app import clientlevel, compose
 from flower_app.account import ServerAccount
 from flower_app.baselines import run_baselines
 from flower_app.card import model_card
@@ -57,6 +57,7 @@ def run(grid: Grid, config: Config) -> RunFolder:
     members = roster.assemble(grid, config.strategy.min_sites, config.run.deadline_s, done)
     _check_mode(config, members)
     compose.check_sites(config, members)
+    clientlevel.check_norm(config, compose.travelling(config, payload))
     log(INFO, "Sites: %s", ", ".join(f"{m.site} ({m.rows} rows)" for m in members.values()))
     folder.rewind(config, checkpoint)
     earlier_s = sum(row["wall_s"] for row in folder.rows() if row["kind"] == "round")
@@ -184,7 +185,7 @@ def _strategy(
     recorder: Recorder,
     folder: RunFolder,
     plan: Mapping[str, Scalar],
-    sites: Iterable[str],
+    sites: Collection[str],
     run: str,
 ) -> ComposedStrategy:
     layout = compose.travelling(config, payload)
@@ -192,7 +193,7 @@ def _strategy(
     others: dict[str, Any] = {"tamper": adversary.tamper} if adversary else {}
     return ComposedStrategy(
         config.strategy,
-        compose.chain(config),
+        compose.chain(config, len(sites), ServerAccount(config, run).charge),
         layout,
         seed=config.run.seed,
         quorum=config.run.quorum,
@@ -204,6 +205,7 @@ def _strategy(
         trusted=RootTrainer(config, base, payload).update if config.strategy.trusts else None,
         lora_scale=payload.lora_scale,
         exchange=compose.exchange(config, layout, run),
+        selection=clientlevel.selection(config),
         **others,
     )
 

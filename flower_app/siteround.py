@@ -125,7 +125,7 @@ class SiteRound:
             self._keeps["personal"] = self._payload.select_personal()
         if self._state:
             self._state.save(self._done + 1, self._keeps)
-        return delta
+        return compose.sent(self._config, delta, self._site.name, self._done + 1)
 
     def _own_control(self) -> dict[str, Tensor]:
         """The site's control variate c_i, at first zero."""

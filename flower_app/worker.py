@@ -138,7 +138,7 @@ class Worker:
 
         One that is noised is a release: charge it first.
         """
-        if config.privacy.unit != "record" or config.privacy.metrics == "exact":
+        if not config.privacy.noised_by_sites or config.privacy.metrics == "exact":
             return self.score(config, site, payload, pad_id)
         if config.privacy.metrics == "withheld" or not site.held_out:
             return Score()
@@ -152,7 +152,7 @@ class Worker:
 
     def backdoor(self, config: Config, site: Site, payload: Payload) -> Score:
         """How many triggered held-out rows the payload puts into the attacker's class, if told."""
-        if config.privacy.unit == "record" and config.privacy.metrics != "exact":
+        if config.privacy.noised_by_sites and config.privacy.metrics != "exact":
             return Score()
         return evaluate(payload, site.triggered, config.train)
 

@@ -81,7 +81,7 @@ def private(rule: Rule, terms: Terms, draw: Draw, charge: Charge) -> Rule:
     and gets its noise like every other. `charge` is called before the noise is drawn. Raises
     ComposeError for a rule that has no proof of its sensitivity.
     """
-    _require_proof(rule)
+    require_proof(rule)
 
     def init(size: int) -> State:
         state = {
@@ -121,7 +121,8 @@ def private(rule: Rule, terms: Terms, draw: Draw, charge: Charge) -> Rule:
     return Stage(f"private({rule.name})", Cohort, Delta, apply, init)
 
 
-def _require_proof(rule: Rule) -> None:
+def require_proof(rule: Rule) -> Rule:
+    """The rule itself; raises ComposeError for one that has no proof of its sensitivity."""
     if rule.sensitivity(Facts(clip=1.0, max_weight=1.0, sites=1)) is None:
         raise ComposeError(
             f"Expected a rule whose sensitivity is proved with privacy.unit='client', got "
@@ -129,6 +130,7 @@ def _require_proof(rule: Rule) -> None:
             "'lora-freeze-a', 'lora-alternate' or 'lora-share-a' and strategy.pre to '' or 'clip', "
             "or set privacy.place='local', where the sites add the noise and any rule may follow."
         )
+    return rule
 
 
 def _numbers(terms: Terms) -> Tensor:

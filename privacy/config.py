@@ -49,9 +49,9 @@ class PrivacyConfig(Section):
     )
     metrics: Literal["withheld", "noised", "exact"] = Field(
         "withheld",
-        description='Scores on held-out rows with `unit = "record"`: kept at the site; sent with '
-        "noise, which the held-out rows pay for; or sent as they are, in a simulation whose "
-        "held-out rows are public.",
+        description="Scores on held-out rows where the sites add the noise: kept at the site; sent "
+        'with noise (`unit = "record"`), which the held-out rows pay for; or sent as they are, in '
+        "a simulation whose held-out rows are public.",
     )
     metrics_noise_multiplier: float = Field(
         0.0,
@@ -65,6 +65,43 @@ class PrivacyConfig(Section):
         description="Loss, in nats, above which a held-out row counts with this in "
         '`metrics = "noised"`.',
     )
+    place: Literal["central", "local"] = Field(
+        "central",
+        description='Who adds the noise with `unit = "client"`: the server, which sees the '
+        "updates as they are, or each site, before its update leaves.",
+    )
+    clipping: Literal["fixed", "adaptive"] = Field(
+        "fixed",
+        description="Whether `clip-norm` stays, or follows a quantile of the updates' norms, with "
+        '`unit = "client"` and noise at the server.',
+    )
+    clip_quantile: float = Field(
+        0.5, gt=0, lt=1, description="Share of the updates that adaptive clipping leaves whole."
+    )
+    clip_learning_rate: float = Field(
+        0.2, gt=0, le=2, description="How fast adaptive clipping moves, on a log scale."
+    )
+    clip_count_noise: float = Field(
+        0.0,
+        ge=0,
+        description="Standard deviation of the noise on the number of updates within the norm; 0 "
+        "takes a twentieth of the expected number, and at least twice the noise multiplier.",
+    )
+    noise: Literal["independent", "correlated"] = Field(
+        "independent",
+        description="Whether rounds get noise of their own and sites are sampled, or sites take "
+        "turns and later noise takes back earlier one (matrix factorisation).",
+    )
+    bands: int = Field(
+        0,
+        ge=0,
+        description="Rounds that correlated noise reaches over; 0 takes the number of least error.",
+    )
+
+    @property
+    def noised_by_sites(self) -> bool:
+        """Whether the noise is added before anything leaves a site."""
+        return self.unit == "record" or (self.unit == "client" and self.place == "local")
 
     @property
     def on(self) -> bool:
@@ -85,6 +122,7 @@ class PrivacyConfig(Section):
                 f"privacy.unit={self.unit!r}, got {given}; set the other to 0."
             )
         self._check_metrics()
+        self._check_clients()
 
     def _check_metrics(self) -> None:
         noise = self.metrics_noise_multiplier
@@ -97,4 +135,24 @@ class PrivacyConfig(Section):
             raise ConfigError(
                 "Expected privacy.metrics-noise-multiplier above 0 with privacy.metrics='noised' "
                 "and no privacy.epsilon, got 0; set it, or privacy.metrics='withheld'."
+            )
+
+    def _check_clients(self) -> None:
+        central = self.unit == "client" and self.place == "central"
+        for key, usual in (("clipping", "fixed"), ("noise", "independent")):
+            if (got := getattr(self, key)) != usual and not central:
+                raise ConfigError(
+                    "Expected privacy.unit='client' and privacy.place='central' with "
+                    f"privacy.{key}={got!r}, got {self.unit!r} and {self.place!r}; set them, or "
+                    f"privacy.{key}={usual!r}."
+                )
+        if self.place == "local" and self.unit != "client":
+            raise ConfigError(
+                f"Expected privacy.unit='client' with privacy.place='local', got {self.unit!r}; "
+                "records are always protected at their site. Set privacy.place='central'."
+            )
+        if self.clipping == "adaptive" and self.noise == "correlated":
+            raise ConfigError(
+                "Expected privacy.clipping='fixed' with privacy.noise='correlated', got "
+                "'adaptive'; noise that spans rounds needs one norm for all of them."
             )

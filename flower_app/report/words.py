@@ -131,14 +131,14 @@ def travelled(run: Run) -> list[str]:
 
 
 def _reported(run: Run) -> str:
-    if _unit(run) == "record":
+    if _unit(run) == "record" or metrics_told(run):
         scores = {"noised": ", and scores with noise", "exact": ", and scores as they are"}
         return f"its training rows, times and steps{scores.get(metrics_told(run), '')}"
     return "its training rows, losses, times and counts"
 
 
 def metrics_told(run: Run) -> str:
-    """What record-level privacy lets sites say of scores; empty without it, or unknown."""
+    """What sites that add the noise themselves say of scores; empty for others, or unknown."""
     told = run.summary.get("privacy")
     return str(told.get("metrics", "")) if isinstance(told, Mapping) else ""
 

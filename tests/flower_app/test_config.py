@@ -239,6 +239,12 @@ def configs(draw: st.DrawFn) -> dict[str, Value]:
     flat["privacy.metrics-noise-multiplier"] = 2.5 if noised else 0.0
     if flat["secure.aggregation"] == "none":
         flat["secure.groups"] = 1
+    if flat["privacy.unit"] != "client":
+        flat["privacy.place"] = "central"
+    if flat["privacy.unit"] != "client" or flat["privacy.place"] == "local":
+        flat["privacy.clipping"], flat["privacy.noise"] = "fixed", "independent"
+    if flat["privacy.clipping"] == "adaptive":
+        flat["privacy.noise"] = "independent"
     return flat
 
 

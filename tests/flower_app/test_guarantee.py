@@ -76,6 +76,13 @@ def test_noise_at_the_server_is_taken_from_its_ledger(nodes: Nodes, tmp_path: Pa
     assert told["epsilon"] == spent([event] * 2, 1e-5)
     assert told["sites"] == {}
     assert any("server adds the noise" in said for said in told["assumptions"])
+    assert any("run folder is not covered" in said for said in told["assumptions"])
+    assert not any("repeats" in said for said in told["assumptions"])
+
+
+def test_seeded_noise_is_told_to_protect_nobody(nodes: Nodes) -> None:
+    told = of(nodes, **DP, privacy__noise_source="seeded")
+    assert any("protects nobody" in said for said in told["assumptions"])
 
 
 @pytest.fixture
