@@ -190,3 +190,31 @@ def test_dropout_does_not_disturb_the_check(payload_of: Payloads) -> None:
     row = {"input_ids": torch.arange(3, 9)[None], "labels": torch.arange(3, 9)[None]}
     with attached(payload, METHODS["ghost"], "float32") as method:  # it is on in training
         assert method.measure(row).norms != method.measure(row).norms
+
+
+@pytest.mark.parametrize("kind", ["lora", "soft-prompt", "full"])
+def test_low_precision_is_exact_but_for_its_rounding(payload_of: Payloads, kind: str) -> None:
+    assert choose(payload_of(kind), "auto", "causal-lm", "bfloat16") == "ghost"
+
+
+def test_recomputed_activations_are_counted_once(payload_of: Payloads) -> None:
+    payload = payload_of("lora")
+    payload.module.get_base_model().gradient_checkpointing_enable()
+    payload.module.get_base_model().enable_input_require_grads()
+    check(payload, METHODS["ghost"], "causal-lm")
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("lora", {"options": '{"use_dora": true}'}),
+        ("lora", {"target_modules": "embed_tokens,q_proj"}),
+        ("ia3", {}),
+        ("loha", {}),
+    ],
+)
+def test_what_no_hook_can_see_is_found_out(
+    payload_of: Payloads, kind: str, options: dict[str, str]
+) -> None:
+    """Parameters that are used past their modules: only one record at a time is right."""
+    assert choose(payload_of(kind, **options), "auto", "causal-lm", "float32") == "microbatch"
