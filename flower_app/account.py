@@ -58,14 +58,18 @@ class SiteAccount:
         path = ledger_path(node, plan, site)
         self._ledger = Ledger(path) if path else None
 
+    def admit(self) -> None:
+        """Refuse a run that the policy does not allow for what it is; raises PolicyError."""
+        if self._policy:
+            self._policy.admit(self._request)
+
     def planned(self, events: Sequence[Event], rounds: int) -> None:
         """Refuse a run that would exceed the policy, given all of its `rounds` still to come.
 
         Writes nothing. Raises PolicyError with what the run would spend, what was spent and what
         remains, and LedgerError for a ledger that cannot be trusted.
         """
-        if self._policy:
-            self._policy.admit(self._request)
+        self.admit()
         past = self._ledger.events() if self._ledger else []
         if rounds:
             self._check(past, self._stamped(events))
@@ -77,8 +81,7 @@ class SiteAccount:
         is left of its budget does not allow it, and LedgerError where it could not be written down:
         nothing may leave the site then.
         """
-        if self._policy:
-            self._policy.admit(self._request)
+        self.admit()
         stamped = self._stamped(events) or self._plain()
         if self._ledger and stamped:
             self._ledger.append(stamped, self._check)

@@ -220,8 +220,9 @@ def on_evaluate(message: Message, config: Config, node: NodeConfig) -> RecordDic
     received = _received(message, payload)
     done = int(str(plan["round"]))
     work = SiteRound(config, node, payload, site, received, plan, done)
+    account = SiteAccount(config, node, plan, site=site.name, rows=site.rows, base=base.digest)
+    account.admit()
     if releasing := evaluations(config, done):
-        account = SiteAccount(config, node, plan, site=site.name, rows=site.rows, base=base.digest)
         account.charge(releasing)
     score = _WORKER.released(config, site, payload, pad_token(base), done, "evaluation")
     backdoor = _WORKER.backdoor(config, site, payload)

@@ -73,11 +73,12 @@ def _of_sites(
     known: dict[tuple[int, int], Statement] = {}
     for site, rounds in asked.items():
         if site in rows and (rows[site], len(rounds)) not in known:
-            last = evaluations(config, config.run.rounds)
+            ends = evaluations(config, config.run.rounds)
+            ends += evaluations(config, 0) if config.strategy.fraction < 1 else []
             split = "held out of the same rows" if parts_apart(config) else ""
             events = [
                 replace(event, split=split)
-                for event in [*releases(config, rows[site], sorted(rounds)), *last]
+                for event in [*releases(config, rows[site], sorted(rounds)), *ends]
             ]
             known[rows[site], len(rounds)] = state(events, unit, config.privacy.delta)
     return {

@@ -133,6 +133,8 @@ def test_a_policy_is_asked_in_training_as_well(nodes: Nodes, tmp_path: Path) -> 
     assert "error" not in nodes.member(node, run__rounds=2, **keys)
     _, report = nodes.train(node, run__rounds=2, **keys)
     assert "error" not in report
+    scored = nodes.evaluate(node, nodes.start(**keys), run__rounds=3, **keys)
+    assert "at most 2 rounds" in scored["error"]
     _, report = nodes.train(node, run__rounds=3, **keys)
     assert report["error"] == (
         "Expected at most 2 rounds (run.rounds) by this site's policy, got 3; lower them."

@@ -58,6 +58,20 @@ def test_the_worst_site_is_the_runs_epsilon(nodes: Nodes) -> None:
         "record", 1e-5, "zero-out", "PLD",
     )  # fmt: skip
     assert "this run alone" in told["assumptions"][-1]
+    seeded = of(nodes, privacy__noise_source="seeded", **DP)
+    assert any("protects nobody" in said for said in seeded["assumptions"])
+
+
+def test_noised_scores_are_paid_by_the_held_out_rows(nodes: Nodes) -> None:
+    keys = DP | {
+        "privacy__metrics": "noised", "privacy__metrics_noise_multiplier": 4.0,
+        "privacy__noise_multiplier": 9.0,
+    }  # fmt: skip
+    # Two scores in each of 3 rounds and one at the end; with a part of the sites in a round all
+    # are asked at the start as well.
+    assert of(nodes, **keys)["sites"]["east"] == epsilon(4.0, 1.0, 7, 1e-5)
+    sampled = of(nodes, strategy__fraction=0.5, **keys)
+    assert sampled["sites"]["east"] == epsilon(4.0, 1.0, 8, 1e-5)
 
 
 def test_noise_at_the_server_is_taken_from_its_ledger(nodes: Nodes, tmp_path: Path) -> None:
