@@ -83,10 +83,10 @@ def _check_secure(config: Config) -> None:
             f"{config.attack.name!r}, which rewrites updates that nobody sees; set attack.name to "
             "one that poisons rows, or secure.aggregation='none'."
         )
-    if config.privacy.unit == "client":
+    if clientlevel.central(config):
         raise ConfigError(
-            f"Expected privacy.unit='record' or 'none' with {mode}, got 'client', for which the "
-            "server clips each update; set one of them, or secure.aggregation='none'."
+            f"Expected privacy.place='local' with {mode} and privacy.unit='client', got 'central', "
+            "where the server clips each update; set it, or secure.aggregation='none'."
         )
 
 

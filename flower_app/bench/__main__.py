@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from flower_app.bench import aggregation, dp, memory, packing, simulation
+from flower_app.bench import aggregation, dp, memory, packing, secure, simulation
 from flower_app.bench.output import Outcome, machine
 
 BENCHMARKS: Mapping[str, Callable[[bool], Outcome]] = {
@@ -17,6 +17,7 @@ BENCHMARKS: Mapping[str, Callable[[bool], Outcome]] = {
     "packing": packing.measure,
     "memory": memory.measure,
     "aggregation": aggregation.measure,
+    "secure-aggregation": secure.measure,
     "dp": dp.measure,
 }
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from cryptography.exceptions import InvalidSignature, InvalidTag
 from cryptography.hazmat.primitives import hashes, serialization
@@ -14,6 +13,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
+from models.paths import located
 from models.section import ConfigError
 from privacy.secure.errors import SecureError
 
@@ -47,7 +47,7 @@ class NodeKey:
         Raises ConfigError; it says nothing of the file's content.
         """
         try:
-            octets = Path(path).expanduser().read_bytes()
+            octets = located(path).read_bytes()
             key = serialization.load_pem_private_key(octets, password=None)
         except (OSError, ValueError, TypeError) as error:
             raise _unreadable("node key", path, type(error).__name__) from None
@@ -80,8 +80,7 @@ class Pinned:
     def load(cls, folder: str) -> Pinned:
         """Read `<site>.pem`, as `openssl pkey -pubout` writes it, of all; raises ConfigError."""
         found: dict[str, bytes] = {}
-        place = Path(folder).expanduser()
-        for path in sorted(place.glob("*.pem")):
+        for path in sorted(located(folder).glob("*.pem")):
             try:
                 key = serialization.load_pem_public_key(path.read_bytes())
             except (OSError, ValueError) as error:

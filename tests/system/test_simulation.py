@@ -157,3 +157,17 @@ def test_failing_site_is_left_out_with_its_reason(
     assert [entry["round"] for entry in left_out] == [0]
     assert "train.max-length" in left_out[0]["reason"]
     assert left_out[0]["reason"] in html.unescape((tmp_path / "latest" / "report.html").read_text())
+
+
+def test_a_secure_run_in_flower_s_own_form(
+    simulation: Path, small_run: dict[str, Value], tmp_path: Path
+) -> None:
+    config = small_run | {"run.output-dir": str(tmp_path), "secure.aggregation": "masks"}
+    output = finish(run_app(simulation, config | {"run.rounds": 2}, sites=3))
+    run = tmp_path / "latest"
+    assert (run / "summary.json").is_file(), output
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["federated"]["loss"] < summary["zero_shot"]["loss"]
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["status"] for row in rows if row["kind"] == "site"] == ["ok"] * 6
+    assert not [path for path in (run / "sites").rglob("*") if path.is_file()]
