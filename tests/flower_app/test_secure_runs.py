@@ -234,6 +234,14 @@ def test_a_session_is_taken_once(nodes: Nodes) -> None:
         ({"strategy__pre": "clip"}, r"strategy\.pre='clip'; set secure\.groups"),
         ({"strategy__rule": "lora-exact"}, "which needs the factors of each site; set strategy"),
         ({"attack__name": "sign-flip"}, "which rewrites updates that nobody sees"),
+        (
+            {
+                "privacy__unit": "client",
+                "privacy__noise_multiplier": 1.0,
+                "strategy__weighting": "uniform",
+            },
+            r"Expected privacy\.place='local' with secure\.aggregation",
+        ),
         ({"secure__groups": 2}, r"Expected at least 6 sites for secure\.groups=2"),
         ({"secure__aggregation": "none", "secure__groups": 2}, r"Expected secure\.groups=1 with"),
         ({"secure__bits": 8, "secure__aggregation": "mask"}, "secure.aggregation"),
