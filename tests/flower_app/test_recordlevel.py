@@ -22,6 +22,8 @@ from tests.flower_app.runs import Killed, bytes_below, deploy, killed_in, rows, 
 
 DP: dict[str, Any] = {"privacy__unit": "record", "privacy__noise_multiplier": 1.0}
 SEEDED = DP | {"privacy__noise_source": "seeded"}
+# Every record in every step: its epsilon, which a run's summary states, takes no time.
+FAST = SEEDED | {"train__batch_size": 16}
 SECRET = {"train_loss", "tokens", "useful_tokens"}
 
 
@@ -30,8 +32,7 @@ def ledgers(folder: Path) -> list[Ledger]:
 
 
 def test_a_simulation_trains_with_noise_and_accounts_for_every_step(nodes: Nodes) -> None:
-    keys = SEEDED | {"privacy__noise_multiplier": 0.0, "privacy__epsilon": 3.0}
-    folder, _ = simulate(nodes, "private", keys, privacy__metrics="exact")
+    folder, _ = simulate(nodes, "private", SEEDED, privacy__metrics="exact")
     summary = json.loads((folder / "summary.json").read_text())
     assert math.isfinite(summary["federated"]["loss"])
     assert all(row["status"] == "ok" for row in rows(folder, "site"))
@@ -44,22 +45,27 @@ def test_a_simulation_trains_with_noise_and_accounts_for_every_step(nodes: Nodes
             (2, 2, "training"),
         ]
         assert {e.sample_rate for e in events} == {min(1.0, 4 / row["examples"])}
-        assert 2.9 < spent(events, 1e-5) <= 3.0
+        assert {e.noise_multiplier for e in events} == {1.0}
     assert len(ledgers(folder)) == 3
 
 
 def test_same_seed_same_bytes_but_never_with_the_secure_source(nodes: Nodes) -> None:
-    found = [bytes_below(simulate(nodes, f"s{at}", SEEDED)[0] / "adapter") for at in range(2)]
+    found = [bytes_below(simulate(nodes, f"s{at}", FAST)[0] / "adapter") for at in range(2)]
     assert found[0] == found[1]
-    found = [bytes_below(simulate(nodes, f"r{at}", DP)[0] / "adapter") for at in range(2)]
+    found = [
+        bytes_below(
+            simulate(nodes, f"r{at}", FAST | {"privacy__noise_source": "secure"})[0] / "adapter"
+        )
+        for at in range(2)
+    ]
     assert found[0] != found[1]
 
 
 def test_a_run_that_was_killed_ends_with_the_same_bytes(
     nodes: Nodes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, _ = simulate(nodes, "whole", SEEDED)
-    keys = SEEDED | {"run__output_dir": str(nodes.folder / "stopped")}
+    whole, _ = simulate(nodes, "whole", FAST)
+    keys = FAST | {"run__output_dir": str(nodes.folder / "stopped")}
     grid = nodes.grid(*map(nodes.simulated, range(3)), **keys)
     killed_in(grid, 2, monkeypatch)
     with pytest.raises(Killed):
@@ -102,13 +108,13 @@ def page(folder: Path) -> str:
 
 
 def test_the_report_says_what_stayed_and_what_had_noise(nodes: Nodes) -> None:
-    folder, _ = simulate(nodes, "withheld", SEEDED)
+    folder, _ = simulate(nodes, "withheld", FAST)
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["federated"] is None and summary["tokens_per_s"] is None
     assert "Scores stayed at the sites" in page(folder)
     assert "its training rows, times and steps, kept in" in page(folder)
     public = {"privacy__metrics": "exact", "run__baselines": True, "run__rounds": 1}
-    folder, _ = simulate(nodes, "exact", SEEDED | public)
+    folder, _ = simulate(nodes, "exact", FAST | public)
     assert len(rows(folder, "baseline")) == 4
     assert "Training alone and on pooled rows had no noise" in page(folder)
     assert "held-out rows are public" in page(folder)
@@ -172,7 +178,7 @@ def test_a_method_that_is_not_exact_is_refused_at_the_roll_call(nodes: Nodes) ->
     ids=lambda keys: ",".join(map(str, keys.values())),
 )  # fmt: skip
 def test_payloads_and_corrections_train_in_private(nodes: Nodes, keys: dict[str, Any]) -> None:
-    folder, _ = simulate(nodes, "run", SEEDED, **keys)
+    folder, _ = simulate(nodes, "run", FAST, **keys)
     assert [row["status"] for row in rows(folder, "site")] == ["ok"] * 6
 
 
