@@ -234,8 +234,29 @@ def _wrong_pairs(config: Config) -> Iterator[str]:
             f"Expected run.baselines=false with attack.name={config.attack.name!r}, got true; run "
             "the baselines without an attack."
         )
+    if config.data.partition == "own":
+        yield from _paths_that_travel(config)
     if config.run.baselines and config.data.partition == "own":
         yield (
             "Expected run.baselines=false with data.partition='own', got true; pooling needs the "
             "sites' rows in one place, which only a simulation has."
         )
+
+
+def _paths_that_travel(config: Config) -> Iterator[str]:
+    """Paths of the server that deployed sites would read in the run config."""
+    named = {
+        "model.name": config.model.name,
+        "data.source": config.data.source,
+        "data.eval-source": config.data.eval_source,
+        "strategy.root-source": config.strategy.root_source,
+        "run.output-dir": config.run.output_dir,
+        "run.resume": config.run.resume,
+    }
+    for key, value in named.items():
+        if value.startswith(("/", ".")):
+            yield (
+                f"Expected no path of the server in {key} with data.partition='own', got "
+                f"{value!r}, which every site would read in the run config; write {key}='$NAME' "
+                "and set that variable where the SuperLink starts."
+            )

@@ -20,6 +20,7 @@ from flower_app.worker import Worker
 from models.layout import Layout
 from strategies.messages import decode_all, to_record
 from tests.fakes import Answer, FakeGrid
+from tests.serverpaths import unnamed
 
 NAMES = ("east", "north", "west")
 WORDS = (
@@ -99,7 +100,8 @@ class Nodes:
     def flat(self, **extra: Any) -> dict[str, Any]:
         """The run config; `extra` has underscores for dots and dashes: `train__max_length`."""
         given = {k.replace("__", ".").replace("_", "-"): v for k, v in extra.items()}
-        return defaults() | self.keys | given
+        flat = defaults() | self.keys | given
+        return unnamed(flat) if flat["data.partition"] == "own" else flat
 
     def simulated(self, partition: int, of: int = 3) -> dict[str, Any]:
         """Node config as Flower's simulation sets it."""

@@ -139,6 +139,11 @@ INCOHERENT: list[tuple[dict[str, Value], str]] = [
         "belongs to one document",
     ),
     ({"run__baselines": True, "data__partition": "own"}, "only a simulation has"),
+    (
+        {"model__name": "/srv/m", "data__partition": "own"},
+        "path of the server in model.name with",
+    ),
+    ({"run__output_dir": "./r", "data__partition": "own"}, "write run.output-dir='$NAME'"),
     ({"attack__name": "ipm", "data__partition": "own"}, "never for sites with rows of their own"),
     ({"attack__name": "ipm", "run__baselines": True}, "run the baselines without an attack"),
 ]

@@ -17,6 +17,7 @@ from models.base import digest_of
 from models.section import ConfigError
 from strategies.flower import RoundError
 from tests.fakes import Answer, FakeGrid, Field, Site, at_the_server
+from tests.serverpaths import unnamed
 
 
 def config(model: Path, base: Path, **changes: Value) -> Config:
@@ -25,7 +26,7 @@ def config(model: Path, base: Path, **changes: Value) -> Config:
         "model.name": str(model), "run.output-dir": str(base), "run.rounds": 2,
         "run.deadline-s": 2.0, "data.partition": "own", "train.max-length": 32,
     }  # fmt: skip
-    return parse({**defaults(), **own, **flat})
+    return parse(unnamed({**defaults(), **own, **flat}))
 
 
 def site(name: str, model: Path, reason: str, **changes: Field) -> Site:

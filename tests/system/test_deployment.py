@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from flower_app.local import superlink, supernodes
+from tests.serverpaths import unnamed
 from tests.system.runs import NAMES, Value, adapter_bytes, finish, run_app, site_rows
 
 
@@ -26,9 +27,10 @@ def test_deployed_sites_train_the_same_bytes_as_simulated_ones(
         shutil.copytree(tiny_models["llama"], model)
         nodes.append({"site": name, "data-path": str(rows), "model-path": str(model)})
     own = {"data.source": "embedded", "data.partition": "own", "strategy.min-sites": 3}
+    unknown_there = unnamed(config | own | {"run.output-dir": str(deployed)})
     home = tmp_path / "flower"
     with superlink(home, simulation=False) as port, supernodes(home, port, nodes):
-        output = finish(run_app(home, config | own | {"run.output-dir": str(deployed)}))
+        output = finish(run_app(home, unknown_there))
     summary = json.loads((deployed / "latest" / "summary.json").read_text())
     assert summary["mode"] == "deployment", output
     assert summary["sites"] == sorted(NAMES)
