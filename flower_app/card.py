@@ -7,6 +7,8 @@ from typing import Any
 
 from flower_app import compose
 from flower_app.config import Config
+from models.base import PATHLIKE
+from models.paths import located
 
 
 def _warning(config: Config) -> str:
@@ -21,7 +23,7 @@ def _warning(config: Config) -> str:
 def model_card(config: Config, facts: Mapping[str, Any]) -> str:
     """Markdown with the metadata header that model hubs read; names no path of the server."""
     named = config.model.name
-    base = named if not named.startswith((".", "/", "~")) else named.rstrip("/").rsplit("/", 1)[-1]
+    base = located(named).name if named.startswith(PATHLIKE) else named
     library = "transformers" if config.payload.kind == "full" else "peft"
     use = (
         "AutoModel.from_pretrained('adapter')"
