@@ -63,5 +63,5 @@ def check_node(config: Config, node: NodeConfig) -> None:
         if not holds:
             raise ConfigError(
                 f"Expected {expected} at a deployed site, got {got!r}, which is for simulations "
-                "only."
+                "only; set it."
             )

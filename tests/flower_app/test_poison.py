@@ -146,6 +146,6 @@ def test_replies_carry_it_where_there_is_a_backdoor(classifying: Nodes, name: st
 def test_a_deployed_site_refuses_every_attack(nodes: Nodes) -> None:
     answer = nodes.member(nodes.deployed("north"), attack__name="sign-flip")
     assert answer["error"].startswith(
-        "Expected attack.name='none' at a deployed site, got 'sign-flip'; attacks are for simul"
+        "Expected attack.name='none' at a deployed site, got 'sign-flip', which is for simul"
     )
     assert "error" not in nodes.member(nodes.deployed("north"))
