@@ -33,6 +33,10 @@ class Sent:
     fold: Mapping[str, Tensor]
 
 
+# Decoded when it is asked for: a copy of a whole model, which a plain round has no use for.
+Decoded: TypeAlias = Callable[[], Sent]
+
+
 @dataclass(frozen=True)
 class Received:
     """Rows by name, each (D,) float32, their weights, and the sites that each row stands for.
@@ -78,7 +82,7 @@ class Intake(Protocol):
 class Exchange(Protocol):
     """Opens the intake of each round."""
 
-    def open(self, round_: int, asked: Sequence[str], sent: Sent, ask: Ask) -> Intake:
+    def open(self, round_: int, asked: Sequence[str], sent: Decoded, ask: Ask) -> Intake:
         """Begin a round with the sites `asked`; raises CohortError if it cannot be held."""
 
 
@@ -90,7 +94,7 @@ class Plain:
         self._layout = layout
         self._spool = spool
 
-    def open(self, round_: int, asked: Sequence[str], sent: Sent, ask: Ask) -> PlainIntake:
+    def open(self, round_: int, asked: Sequence[str], sent: Decoded, ask: Ask) -> PlainIntake:
         """Begin a round; nobody is asked anything before."""
         s = self._settings
         gate = Gate(round_, self._layout, asked, s.max_update_norm, s.weight_cap)

@@ -163,7 +163,10 @@ class ComposedStrategy(Strategy):
             self._present = len(members)
             plan = partial(self._plan, server_round)
             ask = partial(ask_sites, grid, {site: members[site] for site in names}, plan)
-            sent = Sent(decode_all(arrays), self.fold)
+
+            def sent() -> Sent:
+                return Sent(decode_all(arrays), self.fold)
+
             self._intake = self._exchange.open(server_round, sorted(names), sent, ask)
         except (TooFewSites, CohortError) as error:
             raise RoundError(f"{error} Finished rounds are safe: {_RESUME}.") from error

@@ -15,7 +15,7 @@ from privacy.secure.groups import drawn
 from privacy.secure.server import Answers, Summation
 from privacy.secure.terms import Terms, model_hash
 from strategies.cohort import norm
-from strategies.exchange import Ask, Parcel, Received, Sent
+from strategies.exchange import Ask, Decoded, Parcel, Received
 from strategies.gate import MAX_EXAMPLES, Refusal, Reply
 
 MASKED = "masked"
@@ -33,7 +33,7 @@ class Masks:
     seed: int
     max_update_norm: float
 
-    def open(self, round_: int, asked: Sequence[str], sent: Sent, ask: Ask) -> MaskedIntake:
+    def open(self, round_: int, asked: Sequence[str], sent: Decoded, ask: Ask) -> MaskedIntake:
         """Draw groups, collect keys and shares; raises CohortError for too few sites."""
         secure, groups = self.secure, self.secure.groups
         members = drawn(asked, groups, secure.min_group, self.seed, round_)
@@ -45,7 +45,8 @@ class Masks:
             Summation(replace(common, group=f"group {number}", members=tuple(names)))
             for number, names in enumerate(members, 1)
         ]
-        model = model_hash(sent.payload, sent.fold)
+        whole = sent()
+        model = model_hash(whole.payload, whole.fold)
         intake = MaskedIntake(sums, model, ask, secure.stage_s, self.max_update_norm)
         intake.begin()
         return intake

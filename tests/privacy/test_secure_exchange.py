@@ -70,7 +70,7 @@ class Sites:
 
 def opened(sites: Sites, groups: int, max_norm: float = 1e4) -> MaskedIntake:
     secure = SecureConfig.model_validate({"aggregation": "masks", "groups": groups})
-    return Masks(secure, LAYOUT, "r", "s", 0, max_norm).open(1, NAMES, SENT, sites.ask)
+    return Masks(secure, LAYOUT, "r", "s", 0, max_norm).open(1, NAMES, lambda: SENT, sites.ask)
 
 
 def test_each_group_is_a_row_with_its_weight() -> None:
