@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterable
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import partial
 
 from torch import Tensor
 
@@ -21,8 +21,6 @@ from privacy.noise import Source
 from strategies import registry
 from strategies.sampling import Selection, poisson, rotation, seeded_chance
 from strategies.stage import Rule
-
-_calibrated = lru_cache(maxsize=32)(calibrate)
 
 
 def central(config: Config) -> bool:
@@ -95,7 +93,7 @@ def noise_multiplier(config: Config) -> float:
         rounds, rate = turns.turns, 1.0
     if local(config):  # a site is known to take part when it does
         rate = 1.0
-    return _calibrated(privacy.epsilon, privacy.delta, rate, rounds)
+    return calibrate(privacy.epsilon, privacy.delta, rate, rounds)
 
 
 def terms(config: Config, sites: int) -> Terms:
