@@ -74,6 +74,13 @@ class Parts(NamedTuple):
     tail: Tail
 
 
+def twin(part: Middle) -> Middle:
+    """A part with trained tensors of its own, and the same frozen ones."""
+    frozen = [t for t in part.parameters() if not t.requires_grad] + list(part.buffers())
+    found: Middle = copy.deepcopy(part, {id(tensor): tensor for tensor in frozen})
+    return found
+
+
 def cut(model: Any, head_blocks: int = 1, tail_blocks: int = 1) -> Parts:
     """Cut a model after its first `head_blocks` and before its last `tail_blocks` blocks.
 

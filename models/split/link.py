@@ -54,11 +54,15 @@ class FrameLink:
 
     def forward(self, key: int, hidden: Tensor, mask: Tensor) -> Future[Tensor]:
         """Hidden states behind the middle, of those before it."""
-        return self._ask(Message(Kind.FORWARD, key, hidden.cpu(), mask.cpu()), Kind.HIDDEN)
+        return self._ask(Message(Kind.FORWARD, key, hidden, mask.cpu()), Kind.HIDDEN)
+
+    def score(self, key: int, hidden: Tensor, mask: Tensor) -> Future[Tensor]:
+        """Hidden states behind the middle as it was when the round began."""
+        return self._ask(Message(Kind.SCORE, key, hidden, mask.cpu()), Kind.SCORED)
 
     def backward(self, key: int, gradient: Tensor) -> Future[Tensor]:
         """The gradient before the middle, of that behind it."""
-        return self._ask(Message(Kind.BACKWARD, key, gradient.cpu()), Kind.GRADIENT)
+        return self._ask(Message(Kind.BACKWARD, key, gradient), Kind.GRADIENT)
 
     def step(self, number: int) -> Future[Tensor]:
         """Done when the middle has taken its optimiser step."""
@@ -150,6 +154,9 @@ class MiddleService:
             self._step(site)
             return Message(Kind.STEPPED, key)
         assert values is not None  # decoded so
+        if question.kind is Kind.SCORE:
+            assert question.mask is not None
+            return Message(Kind.SCORED, key, self._worker.score(values, question.mask))
         if question.kind is Kind.FORWARD:
             assert question.mask is not None
             return Message(Kind.HIDDEN, key, self._worker.forward(site, key, values, question.mask))

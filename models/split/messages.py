@@ -24,11 +24,16 @@ class Kind(IntEnum):
     HIDDEN = 4
     GRADIENT = 5
     STEPPED = 6
+    SCORE = 7
+    SCORED = 8
+
+
+_MASKED = (Kind.FORWARD, Kind.SCORE)
 
 
 @dataclass(frozen=True, eq=False)
 class Message:
-    """`values` (batch, tokens, hidden) goes with all kinds but steps, `mask` with FORWARD alone."""
+    """`values` (batch, tokens, hidden) go with all but steps, `mask` with FORWARD and SCORE."""
 
     kind: Kind
     key: int
@@ -42,7 +47,7 @@ class Message:
         if self.mask is not None:
             parts.append(_packed(self.mask))
         if self.values is not None:
-            parts.append(wire.pack(self.values, precision))
+            parts.append(wire.pack(self.values.cpu(), precision))
         return b"".join(parts)
 
     @classmethod
@@ -55,7 +60,7 @@ class Message:
             raise WireError(f"Expected a kind of message from 1 to {max(Kind)}, got {number}.")
         kind, body = Kind(number), data[_HEAD.size :]
         mask = None
-        if kind is Kind.FORWARD:
+        if kind in _MASKED:
             size = -(-rows * columns // 8)
             if not 0 < rows * columns <= most_tokens or len(body) < size:
                 raise WireError(

@@ -38,11 +38,21 @@ class MiddleWorker:
     """The middle's side: one graph is kept for each micro-batch between its two passes.
 
     At most `most` graphs are kept at a time, since a site that never sends its gradients would
-    otherwise fill the memory.
+    otherwise fill the memory. `scorer` is the middle as it was when the round began, `middle`
+    itself where none is given.
     """
 
-    def __init__(self, middle: Middle, *, most: int, precision: str = "float32") -> None:
+    def __init__(
+        self,
+        middle: Middle,
+        *,
+        most: int,
+        precision: str = "float32",
+        scorer: Middle | None = None,
+    ) -> None:
         self._middle = middle
+        self._scorer = scorer or middle
+        self._device = next(middle.parameters()).device
         self._most = most
         self._precision = precision
         self._kept: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
@@ -60,11 +70,18 @@ class MiddleWorker:
                 f"Expected at most {self._most} micro-batches under way, got one more by {site!r}; "
                 "lower split.in-flight."
             )
-        before = hidden.detach().requires_grad_()
-        with torch.enable_grad(), autocast(self._precision, before.device):
-            behind: Tensor = self._middle(before, mask)
+        before = hidden.detach().to(self._device).requires_grad_()
+        with torch.enable_grad(), autocast(self._precision, self._device):
+            behind: Tensor = self._middle(before, mask.to(self._device))
         self._kept[site, key] = (before, behind)
         return behind.detach()
+
+    @torch.no_grad()
+    def score(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        """Hidden states behind the middle, for held-out rows: nothing is kept."""
+        with autocast(self._precision, self._device):
+            behind: Tensor = self._scorer(hidden.to(self._device), mask.to(self._device))
+        return behind
 
     def backward(self, site: str, key: int, gradient: Tensor) -> Tensor:
         """The gradient before the middle; its parameters' own are added up.
@@ -79,7 +96,7 @@ class MiddleWorker:
                 f"Expected a gradient of shape {tuple(behind.shape)} from {site!r}, got "
                 f"{tuple(gradient.shape)}."
             )
-        torch.autograd.backward(behind, gradient.to(behind.dtype))
+        torch.autograd.backward(behind, gradient.to(behind))
         assert before.grad is not None
         return before.grad
 

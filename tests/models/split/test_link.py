@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from models.config import TrainConfig
 from models.payload import Payload
-from models.split import cut
+from models.split import cut, twin
 from models.split.link import FrameLink, Frames, Limits, MiddleService
 from models.split.messages import Kind, Message
 from models.split.step import MiddleWorker, SiteStep, SplitError
@@ -58,6 +58,28 @@ def test_twenty_steps_over_frames_are_those_of_the_whole() -> None:
     assert len(worker) == 0
     floor = 20 * 2 * 27 * 2 * 32 * 4  # each way: steps, micro-batches, tokens, passes, bytes
     assert floor < link.bytes_up < 1.05 * floor and floor < link.bytes_down < 1.05 * floor
+
+
+def test_scores_are_those_of_the_middle_at_the_start_and_keep_nothing() -> None:
+    middle = cut(tiny("llama")).middle
+    hidden, mask = question()
+    with torch.no_grad():
+        before = middle(hidden, mask)
+    for name, parameter in middle.named_parameters():
+        parameter.requires_grad_("q_proj" in name)
+    start = twin(middle)
+    frozen = {id(p) for p in middle.parameters() if not p.requires_grad}
+    assert {id(p) for p in start.parameters() if not p.requires_grad} == frozen
+    with torch.no_grad():
+        for parameter in middle.parameters():
+            if parameter.requires_grad:
+                parameter.add_(1.0)
+    worker = MiddleWorker(middle, most=1, scorer=start)
+    service = MiddleService(worker, lambda site: None, LIMITS)
+    with FrameLink(lambda frames: service.serve("site", frames), LIMITS) as link:
+        assert torch.equal(link.score(1, hidden, mask).result(timeout=20), before)
+        assert len(worker) == 0
+        assert not torch.equal(link.forward(2, hidden, mask).result(timeout=20), before)
 
 
 class Echo:
@@ -147,7 +169,7 @@ def test_messages_come_back(kind: Kind, key: int, rows: int, columns: int, seed:
     stepping = kind in (Kind.STEP, Kind.STEPPED)
     values = None if stepping else torch.randn(rows, columns, 32, generator=generator)
     mask = None
-    if kind is Kind.FORWARD:
+    if kind in (Kind.FORWARD, Kind.SCORE):
         mask = torch.randint(0, 2, (rows, columns), generator=generator)
     found = LIMITS.decode(Message(kind, key, values, mask).encode("fp32"))
     assert (found.kind, found.key) == (kind, key)
@@ -163,7 +185,7 @@ FORWARD = Message(Kind.FORWARD, 1, *question()).encode("fp32")
     ("frame", "message"),
     [
         (b"", "at least 17 bytes, got 0"),
-        (b"\x09" + FORWARD[1:], "from 1 to 6, got 9"),
+        (b"\x09" + FORWARD[1:], "from 1 to 8, got 9"),
         (FORWARD[:9] + b"\xff" * 8 + FORWARD[17:], "a mask of up to 27 tokens"),
         (FORWARD[:9] + b"\0" * 8 + FORWARD[17:], "a mask of up to 27 tokens, got 0 x 0"),
         (FORWARD[:9] + b"\3\0\0\0\1\0\0\0" + FORWARD[17:], r"a mask for \(1, 3\), got \(3, 1\)"),
