@@ -6,9 +6,10 @@ folders hold the same tensors under the same names, so that they are read the sa
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,30 +17,50 @@ from typing import Any, Literal
 import torch
 import transformers
 from accelerate import init_empty_weights
-from safetensors import SafetensorError, safe_open
+from pydantic import Field, ValidationError
 from safetensors.torch import save_file
-from torch import Tensor, nn
 from transformers import AutoConfig
 
 from models.base import seeded
 from models.config import PayloadConfig
-from models.section import ConfigError
-from models.split.adapter import adapt, before_adapting, start
+from models.section import ConfigError, Section
+from models.split.adapter import adapt, start
+from models.split.checkpoint import Checkpoint, opened
 from models.split.cut import Part, Parts, cut
 
 PartName = Literal["head", "middle", "tail"]
+Task = Literal["causal-lm", "classification"]
 SITE: tuple[PartName, ...] = ("head", "tail")
 SERVER: tuple[PartName, ...] = ("middle",)
+RECORD = "parts.json"
+# Files that would hand a side the whole model.
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".ot")
+# Keys of config.json that say where a model came from, not what it computes.
+_INDECISIVE = ("_name_or_path", "_commit_hash", "transformers_version")
 
 
 @dataclass(frozen=True)
 class Cuts:
-    """Where a model is cut, and what it is for: `causal-lm` or `classification`."""
+    """Where a model is cut, what it is for, and its classes (0: as its config.json says)."""
 
     head_blocks: int = 1
     tail_blocks: int = 1
-    task: str = "causal-lm"
+    task: Task = "causal-lm"
     num_labels: int = 0
+
+
+class Record(Section):
+    """What `parts.json` says of a folder of parts: the cut, and the SHA-256 of every part."""
+
+    head_blocks: int = Field(ge=1)
+    tail_blocks: int = Field(ge=1)
+    task: Task
+    sha256: dict[PartName, str]
+
+    @property
+    def cuts(self) -> Cuts:
+        """The cut."""
+        return Cuts(self.head_blocks, self.tail_blocks, self.task)
 
 
 def load_parts(
@@ -59,8 +80,8 @@ def load_parts(
     """
     model, parts = empty(folder, cuts, dtype, payload)
     chosen: dict[PartName, Part] = {name: getattr(parts, name) for name in wanted}
-    with _opened(folder) as files:
-        have = _Checkpoint(files, model, dtype)
+    with opened(folder) as files:
+        have = Checkpoint(files, model, dtype)
         for part in chosen.values():
             start(part, seed)
             missing = [
@@ -88,7 +109,7 @@ def empty(
             f"Expected a model that transformers knows in {str(folder)!r}, got: {error}"
         ) from error
     classes = cuts.task == "classification"
-    if classes:
+    if classes and cuts.num_labels:
         config.num_labels = cuts.num_labels
     auto: Any = (
         transformers.AutoModelForSequenceClassification
@@ -105,8 +126,8 @@ def empty(
 def write_parts(folder: Path, out: Path, cuts: Cuts) -> dict[str, Path]:
     """Write what a site and what the server needs to `out/site` and `out/server`.
 
-    Tokenizer and other small files go to the site. Raises ConfigError for a model that cannot be
-    cut, and for folders that exist already.
+    Tokenizer and other small files go to the site, `parts.json` to both. Raises ConfigError for a
+    model that cannot be cut, and for folders that exist already.
     """
     model, parts = empty(folder, cuts)
     places = {"site": SITE, "server": SERVER}
@@ -115,92 +136,88 @@ def write_parts(folder: Path, out: Path, cuts: Cuts) -> dict[str, Path]:
             raise ConfigError(
                 f"Expected no folder {str(out / place)!r} yet, got one; remove it, or name another."
             )
-    with _opened(folder) as files:
-        have = _Checkpoint(files, model, None)
+    with opened(folder) as files:
+        have = Checkpoint(files, model, None)
+        record = _record(have, parts, folder, cuts)
         for place, names in places.items():
             (out / place).mkdir(parents=True)
-            shutil.copy(folder / "config.json", out / place)
+            shutil.copyfile(folder / "config.json", out / place / "config.json")
+            (out / place / RECORD).write_text(record.model_dump_json(by_alias=True, indent=1))
             for name in names:
                 tensors = have.tensors_of(getattr(parts, name))
                 save_file(tensors, out / place / f"{name}.safetensors", {"format": "pt"})
     for path in folder.iterdir():
-        if path.is_file() and path.suffix != ".safetensors" and "index" not in path.name:
-            shutil.copy(path, out / "site")
+        weights = path.suffix in _WEIGHTS or "index" in path.name
+        if path.is_file() and not weights and path.name != RECORD:
+            shutil.copyfile(path, out / "site" / path.name)
     return {place: out / place for place in places}
 
 
-class _Checkpoint:
-    """The tensors of a folder by the whole model's names, each read when it is asked for."""
+def digest_of_parts(folder: Path, cuts: Cuts) -> str:
+    """SHA-256 of a model and its cut: one for the whole folder, the site's and the server's.
 
-    def __init__(self, files: Mapping[str, Any], model: Any, dtype: torch.dtype | None) -> None:
-        self._files = files
-        self._prefix = f"{model.base_model_prefix}."
-        self._tied: Mapping[str, str] = model.all_tied_weights_keys
-        self._dtype = dtype
-        self._filled: dict[str, nn.Parameter] = {}
+    Parts that the folder holds are read, tensor by tensor; those that it lacks are taken from its
+    `parts.json`. Raises ConfigError for a folder that was cut elsewhere, that lacks a part and
+    `parts.json`, and whose tensors are not those that were cut.
+    """
+    model, parts = empty(folder, cuts)
+    known = read_record(folder)
+    if known is not None and known.cuts != Cuts(cuts.head_blocks, cuts.tail_blocks, cuts.task):
+        raise ConfigError(
+            f"Expected parts cut as {_words(cuts)} in {str(folder)!r}, got {_words(known.cuts)}; "
+            "cut the model again, or set split.head-blocks and split.tail-blocks to these."
+        )
+    with opened(folder) as files:
+        found = _record(Checkpoint(files, model, None), parts, folder, cuts, known)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    decisive = {key: value for key, value in config.items() if key not in _INDECISIVE}
+    text = json.dumps([decisive, found.model_dump()], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
-    def key(self, name: str) -> str | None:
-        """What the folder calls a tensor, None where it lacks it; tied ones are one tensor."""
-        name = before_adapting(name)
-        name = self._tied.get(name, name)
-        # Checkpoints of a bare backbone, as of sentence encoders, leave its prefix out.
-        for known in (name, name.removeprefix(self._prefix)):
-            if known in self._files:
-                return known
+
+def read_record(folder: Path) -> Record | None:
+    """What `parts.json` says, None for a folder without; raises ConfigError for a damaged one."""
+    path = folder / RECORD
+    if not path.is_file():
         return None
+    try:
+        return Record.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise ConfigError(
+            f"Expected {RECORD} as ./scripts/split cut writes it in {str(folder)!r}, got: "
+            f"{error.errors()[0]['msg']}; copy the folder again."
+        ) from None
 
-    def read(self, key: str) -> Tensor:
-        """A tensor as the folder has it."""
-        tensor: Tensor = self._files[key].get_tensor(key)
-        return tensor
 
-    def fill(self, part: Part, name: str) -> bool:
-        """Put a parameter of a part into its place; whether the folder has it."""
-        key = self.key(part.name_in_whole(name))
-        if key is None:
-            return False
-        where, _, last = name.rpartition(".")
-        owner = part.get_submodule(where)
-        if key not in self._filled:
-            self._filled[key] = nn.Parameter(self.read(key).to(self._dtype))
-        found = self._filled[key]
-        expected = getattr(owner, last).shape
-        if self._filled[key].shape != expected:
+def _record(
+    have: Checkpoint, parts: Parts, folder: Path, cuts: Cuts, known: Record | None = None
+) -> Record:
+    """Digests of all parts: of those that are here as they are, of the others as `known` says."""
+    sums: dict[PartName, str] = {}
+    for name in (*SITE, *SERVER):
+        told = known.sha256.get(name) if known else None
+        found = have.digest(getattr(parts, name)) or told
+        if found is None:
             raise ConfigError(
-                f"Expected {key!r} of shape {tuple(expected)}, as config.json says, got "
-                f"{tuple(self._filled[key].shape)}; copy the folder again, or set model.num-labels "
-                "to the classes of its head."
+                f"Expected the {name} of the model in {str(folder)!r}, got none of its tensors; "
+                "give the folder of the whole model, or one that ./scripts/split cut wrote."
             )
-        if ".modules_to_save." in name:  # a copy, which is trained beside the original
-            found = nn.Parameter(found.detach().clone())
-        setattr(owner, last, found)
-        return True
-
-    def tensors_of(self, part: Part) -> dict[str, Tensor]:
-        """All tensors of a part that the folder has, under the folder's names."""
-        keys = {self.key(part.name_in_whole(name)) for name, _ in part.named_parameters()}
-        return {key: self.read(key) for key in sorted(filter(None, keys))}
-
-
-@contextmanager
-def _opened(folder: Path) -> Iterator[dict[str, Any]]:
-    """Tensor name -> the open file that holds it."""
-    with ExitStack() as stack:
-        found: dict[str, Any] = {}
-        for path in sorted(folder.glob("*.safetensors")):
-            try:
-                file = stack.enter_context(safe_open(path, "pt"))
-            except (OSError, SafetensorError) as error:
-                raise ConfigError(
-                    f"Expected safetensors in {str(path)!r}, but: {error}; copy it again."
-                ) from error
-            found |= dict.fromkeys(file.keys(), file)
-        if not found:
+        if told not in (None, found):
             raise ConfigError(
-                f"Expected *.safetensors weights in {str(folder)!r}, got none; convert them with "
-                "save_pretrained, or copy the folder again."
+                f"Expected the {name} in {str(folder)!r} as it was cut, got other tensors than "
+                f"{RECORD} says; copy the folder again."
             )
-        yield found
+        sums[name] = found
+    return Record(
+        head_blocks=cuts.head_blocks,
+        tail_blocks=cuts.tail_blocks,
+        task=cuts.task,
+        sha256=sums,
+    )
+
+
+def _words(cuts: Cuts) -> str:
+    return f"{cuts.head_blocks}/{cuts.tail_blocks} for {cuts.task}"
 
 
 def _draw(

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from models.section import ConfigError
-from models.split.load import SERVER, SITE, Cuts, PartName, load_parts, write_parts
+from models.split.load import (
+    RECORD,
+    SERVER,
+    SITE,
+    Cuts,
+    PartName,
+    Task,
+    digest_of_parts,
+    load_parts,
+    write_parts,
+)
 from tests.models.split.families import batch, tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -68,7 +80,7 @@ def test_nothing_else_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
             read.append(key)
             return self.file.get_tensor(key)  # type: ignore[attr-defined, no-any-return]
 
-    monkeypatch.setattr("models.split.load.safe_open", lambda *given: Spy(safe_open(*given)))
+    monkeypatch.setattr("models.split.checkpoint.safe_open", lambda *given: Spy(safe_open(*given)))
     load_parts(tmp_path, SERVER, CUTS)
     assert read and all(key.startswith("model.layers.1.") for key in read)
     read.clear()
@@ -102,3 +114,59 @@ def test_broken_folders_are_refused(tmp_path: Path) -> None:
     (write_to / "server").mkdir(parents=True)
     with pytest.raises(ConfigError, match=r"Expected no folder .*server' yet"):
         write_parts(tmp_path, write_to, CUTS)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+def test_one_digest_for_the_whole_and_for_both_sides(family: str, tmp_path: Path) -> None:
+    task: Task = "classification" if family == "bert" else "causal-lm"
+    cuts = Cuts(1, 2, task)
+    tiny(family).save_pretrained(tmp_path / "whole", max_shard_size="20KB")
+    places = write_parts(tmp_path / "whole", tmp_path, cuts)
+    whole = digest_of_parts(tmp_path / "whole", cuts)
+    assert {digest_of_parts(folder, cuts) for folder in places.values()} == {whole}
+    # Where it came from does not count, what it computes does.
+    config = tmp_path / "whole" / "config.json"
+    told = json.loads(config.read_text())
+    config.write_text(json.dumps(told | {"_name_or_path": "elsewhere"}))
+    assert digest_of_parts(tmp_path / "whole", cuts) == whole
+    config.write_text(json.dumps(told | {"layer_norm_eps": 0.5, "rms_norm_eps": 0.5}))
+    assert digest_of_parts(tmp_path / "whole", cuts) != whole
+
+
+def test_another_model_or_cut_has_another_digest(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        tiny("llama", seed).save_pretrained(tmp_path / str(seed))
+    found = [digest_of_parts(tmp_path / "0", Cuts(1, tail)) for tail in (1, 2)]
+    found += [digest_of_parts(tmp_path / str(seed), CUTS) for seed in (0, 1)]
+    assert len(set(found)) == 3  # the second and third are the same
+
+
+def test_parts_that_were_changed_are_refused(tmp_path: Path) -> None:
+    tiny("llama", tie_word_embeddings=False).save_pretrained(tmp_path)
+    places = write_parts(tmp_path, tmp_path / "parts", CUTS)
+    with pytest.raises(ConfigError, match=r"parts cut as 1/1 for causal-lm .* got 1/2 for causal"):
+        digest_of_parts(places["site"], Cuts(1, 1))
+    for place, name in (("site", "tail"), ("server", "middle")):
+        path = places[place] / f"{name}.safetensors"
+        tensors = load_file(path)
+        next(iter(tensors.values())).view(-1)[0] += 1
+        save_file(tensors, path)
+        with pytest.raises(ConfigError, match=f"Expected the {name} in .* as it was cut, got othe"):
+            digest_of_parts(places[place], CUTS)
+    (places["site"] / "tail.safetensors").unlink()
+    assert digest_of_parts(places["site"], CUTS) == digest_of_parts(tmp_path, CUTS)
+    for content in (b"{", b'{"head-blocks": 1}'):
+        (places["server"] / RECORD).write_bytes(content)
+        with pytest.raises(ConfigError, match=r"Expected parts.json as ./scripts/split cut writes"):
+            digest_of_parts(places["server"], CUTS)
+    (places["server"] / RECORD).unlink()
+    with pytest.raises(ConfigError, match=r"Expected the head of the model in .*server', got none"):
+        digest_of_parts(places["server"], CUTS)
+
+
+def test_a_site_is_not_handed_weights_of_another_format(tmp_path: Path) -> None:
+    tiny("llama").save_pretrained(tmp_path / "whole")
+    for name in ("pytorch_model.bin", "tokenizer.json"):
+        (tmp_path / "whole" / name).write_bytes(b"1")
+    site = write_parts(tmp_path / "whole", tmp_path, CUTS)["site"]
+    assert (site / "tokenizer.json").exists() and not (site / "pytorch_model.bin").exists()
