@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
+from logging import WARNING
 
+from flwr.common.logger import log
 from torch import Tensor
 
 from flower_app.config import Config
@@ -16,11 +19,16 @@ from privacy.accounting import calibrate
 from privacy.adaptive import Adaptive
 from privacy.client_level import Charge, Draw, Terms, noised_at_site, private, require_proof
 from privacy.correlated import Correlated, plan
-from privacy.events import Event, Place
+from privacy.events import Event, Mechanism, Place
 from privacy.noise import Source
+from privacy.secure.distributed import Noise
+from privacy.secure.terms import threshold
 from strategies import registry
 from strategies.sampling import Selection, poisson, rotation, seeded_chance
 from strategies.stage import Rule
+
+_WORTH_SAYING = 1.1  # growth of the noise by rounding above which the log says so
+_NOISE_AT: dict[str, Place] = {"central": "server", "local": "site", "distributed": "sites"}
 
 
 def central(config: Config) -> bool:
@@ -31,6 +39,11 @@ def central(config: Config) -> bool:
 def local(config: Config) -> bool:
     """Whether each site adds noise to its whole update."""
     return config.privacy.unit == "client" and config.privacy.place == "local"
+
+
+def distributed(config: Config) -> bool:
+    """Whether each site adds a share of the noise, which only the sum of them has whole."""
+    return config.privacy.unit == "client" and config.privacy.place == "distributed"
 
 
 def check(config: Config) -> None:
@@ -47,15 +60,23 @@ def check(config: Config) -> None:
         )
     correlated(config)
     noise_multiplier(config)
-    if local(config):
+    if not central(config):
         _check_leaving(config)
+    if distributed(config) and config.secure.aggregation != "masks":
+        raise ConfigError(
+            "Expected secure.aggregation='masks' with privacy.place='distributed', got "
+            f"{config.secure.aggregation!r}, where a site's own share of the noise is all that "
+            "hides its update; set it, or privacy.place='local'."
+        )
+    if local(config):
         return
     if config.strategy.weighting != "uniform":
         raise ConfigError(
             "Expected strategy.weighting='uniform' with privacy.unit='client', got "
             f"{config.strategy.weighting!r}; set it, since a site's weight tells of its rows."
         )
-    registry.build(config.strategy, require_proof)
+    if central(config):
+        registry.build(config.strategy, require_proof)
 
 
 def _check_leaving(config: Config) -> None:
@@ -68,9 +89,9 @@ def _check_leaving(config: Config) -> None:
     ):
         if on:
             raise ConfigError(
-                f"Expected no {key} with privacy.place='local' and privacy.metrics="
-                f"{config.privacy.metrics!r}, got it, whose scores have no noise; leave it out, or "
-                "set privacy.metrics='exact' in a simulation with public rows."
+                f"Expected no {key} with privacy.place={config.privacy.place!r} and "
+                f"privacy.metrics={config.privacy.metrics!r}, got it, whose scores have no noise; "
+                "leave it out, or set privacy.metrics='exact' in a simulation with public rows."
             )
 
 
@@ -91,9 +112,23 @@ def noise_multiplier(config: Config) -> float:
         return privacy.noise_multiplier
     if turns := correlated(config):
         rounds, rate = turns.turns, 1.0
-    if local(config):  # a site is known to take part when it does
+    if not central(config):  # a site is known to take part when it does
         rate = 1.0
-    return calibrate(privacy.epsilon, privacy.delta, rate, rounds)
+    noise = calibrate(privacy.epsilon, privacy.delta, rate, rounds, _mechanism(config))
+    # Sites must agree on the lattice, also where their processors round the last bit differently.
+    return math.ceil(noise * 1e4) / 1e4 if distributed(config) else noise
+
+
+def _mechanism(config: Config) -> Mechanism:
+    return "discrete-gaussian" if distributed(config) else "gaussian"
+
+
+def shares(config: Config) -> Noise | None:
+    """The noise of a sum of which each site adds a share; None where none is to."""
+    if not distributed(config):
+        return None
+    rounding = 1.0 if config.secure.rounding == "stochastic" else 0.5
+    return Noise(config.privacy.clip_norm, noise_multiplier(config), rounding)
 
 
 def terms(config: Config, sites: int) -> Terms:
@@ -140,8 +175,12 @@ def site_events(config: Config, rounds: Iterable[int]) -> list[Event]:
 
     It cannot see whether the server really draws by chance, so that its ledger counts no sampling.
     """
-    at: Place = "server" if central(config) else "site"
-    event = Event("gaussian", "client", noise_multiplier(config), noise_at=at)
+    event = Event(
+        _mechanism(config),
+        "client",
+        noise_multiplier(config),
+        noise_at=_NOISE_AT[config.privacy.place],
+    )
     turns = correlated(config)
     # Which turn is this site's own is known when it comes; each period has one.
     listed = list(rounds)
@@ -157,12 +196,27 @@ def sent(config: Config, delta: dict[str, Tensor], source: Source) -> dict[str, 
     return noised_at_site(delta, config.privacy.clip_norm, noise_multiplier(config), source)
 
 
-def check_norm(config: Config, layout: Layout) -> None:
-    """Refuse noise at the sites that the gate would take for an attack; raises ConfigError."""
-    if not local(config):
-        return
-    length = config.privacy.clip_norm * (1 + noise_multiplier(config) * layout.size**0.5)
-    if length > config.strategy.max_update_norm:
+def check_norm(config: Config, layout: Layout, summed: Iterable[int]) -> None:
+    """Refuse noise of the sites that the gate would take for an attack; raises ConfigError.
+
+    `summed` are the sites of each secure sum, whose bits must hold its noise too.
+    """
+    clip_norm, root = config.privacy.clip_norm, layout.size**0.5
+    lengths = [clip_norm * noise_multiplier(config) * root] if local(config) else []
+    if noise := shares(config):
+        for sites in summed:
+            bits, range_, least = config.secure.bits, config.secure.range, threshold(sites)
+            numbers = noise.numbers(bits, range_, sites, least, layout.size)
+            share = noise.share(numbers, least, layout.size) * numbers.step
+            lengths.append(share * root / sites**0.5)
+            grown = noise.sensitivity(numbers, layout.size) * numbers.step / clip_norm
+            if grown > _WORTH_SAYING:
+                log(
+                    WARNING, "Rounding to secure.bits=%d makes the noise %.2f times as large as "
+                    "with more bits.", bits, grown,
+                )  # fmt: skip
+    length = clip_norm + max(lengths, default=0.0)
+    if lengths and length > config.strategy.max_update_norm:
         raise ConfigError(
             f"Expected strategy.max-update-norm of at least {1.1 * length:.4g}, the norm of the "
             f"sites' noise on {layout.size} values, got {config.strategy.max_update_norm:g}; raise "

@@ -85,8 +85,9 @@ def _check_secure(config: Config) -> None:
         )
     if clientlevel.central(config):
         raise ConfigError(
-            f"Expected privacy.place='local' with {mode} and privacy.unit='client', got 'central', "
-            "where the server clips each update; set it, or secure.aggregation='none'."
+            f"Expected privacy.place='local' or 'distributed' with {mode} and privacy.unit="
+            "'client', got 'central', where the server clips each update; set one of them, or "
+            "secure.aggregation='none'."
         )
 
 
@@ -173,17 +174,25 @@ def adversary(config: Config, layout: Layout, sites: Iterable[str]) -> Adversary
 
 def check_sites(config: Config, sites: Iterable[str]) -> None:
     """Refuse a chain that needs more updates than `sites` send in a round; raises ConfigError."""
-    settings = config.strategy
-    asked = sample(sites, settings.fraction, settings.min_sites, config.run.seed, 1)
     try:
-        rows = len(asked)
-        if config.secure.on:
-            secure = config.secure
-            groups.drawn(asked, secure.groups, secure.min_group, config.run.seed, 1)
-            rows = secure.groups
-        registry.build(config.strategy).requires(rows)
+        registry.build(config.strategy).requires(len(_summed(config, sites)))
     except CohortError as error:
         raise ConfigError(str(error)) from error
+
+
+def _summed(config: Config, sites: Iterable[str]) -> list[int]:
+    """Sites behind each row that the rule gets in a round; raises CohortError for too few."""
+    settings, secure, seed = config.strategy, config.secure, config.run.seed
+    asked = sample(sites, settings.fraction, settings.min_sites, seed, 1)
+    if not secure.on:
+        return [1] * len(asked)
+    members = groups.drawn(asked, secure.groups, secure.min_group, seed, 1)
+    return [len(names) for names in members]
+
+
+def check_noise(config: Config, layout: Layout, sites: Iterable[str]) -> None:
+    """Refuse noise of the sites that the server could not take in; raises ConfigError."""
+    clientlevel.check_norm(config, layout, _summed(config, sites))
 
 
 def num_labels(config: Config) -> int:
@@ -272,7 +281,7 @@ def exchange(config: Config, layout: Layout, run: str) -> Exchange | None:
     if not config.secure.on:
         return None
     norm, seed = config.strategy.max_update_norm, config.run.seed
-    return Masks(config.secure, layout, run, config.digest, seed, norm)
+    return Masks(config.secure, layout, run, config.digest, seed, norm, clientlevel.shares(config))
 
 
 def travelling(config: Config, payload: Payload) -> Layout:

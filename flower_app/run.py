@@ -57,7 +57,7 @@ def run(grid: Grid, config: Config) -> RunFolder:
     members = roster.assemble(grid, config.strategy.min_sites, config.run.deadline_s, done)
     _check_mode(config, members)
     compose.check_sites(config, members)
-    clientlevel.check_norm(config, compose.travelling(config, payload))
+    compose.check_noise(config, compose.travelling(config, payload), members)
     log(INFO, "Sites: %s", ", ".join(f"{m.site} ({m.rows} rows)" for m in members.values()))
     folder.rewind(config, checkpoint)
     earlier_s = sum(row["wall_s"] for row in folder.rows() if row["kind"] == "round")

@@ -12,7 +12,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.common.logger import log
 from torch import Tensor
 
-from flower_app import compose
+from flower_app import clientlevel, compose
 from flower_app.config import Config
 from flower_app.node import NodeConfig
 from flower_app.sitestate import site_state
@@ -195,9 +195,14 @@ class Outgoing:
         if secure.rounding == "stochastic":
             seed = derive(self.config.run.seed, "rounding", self.session.site, terms.round)
             generator = np.random.default_rng(seed)
-        words, cut = terms.numbers.encode(
-            delta_D.numpy(), self.weight, self.session.known.scale, generator
-        )
+        if terms.noise:
+            source = compose.noise_source(self.config, "client", self.session.site, terms.round)
+            words, cut = terms.noise.encode(
+                terms.numbers, delta_D.numpy(), terms.threshold, source, generator
+            )
+        else:
+            scale = self.session.known.scale
+            words, cut = terms.numbers.encode(delta_D.numpy(), self.weight, scale, generator)
         if cut:
             log(
                 WARNING, "%d of %d changes exceed secure.range=%g and were cut off.",
@@ -229,6 +234,7 @@ def _terms(config: Config, parcel: Parcel) -> Terms:
         bits=secure.bits,
         range=secure.range,
         settings=config.digest,
+        noise=clientlevel.shares(config),
     )
 
 

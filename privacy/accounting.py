@@ -15,7 +15,7 @@ from functools import lru_cache
 from typing import Any
 
 from models.section import ConfigError
-from privacy.events import Event
+from privacy.events import Event, Mechanism
 
 # Above this an epsilon has no meaning, and is reported as infinite.
 _MAX_EPSILON = 1e6
@@ -83,7 +83,13 @@ def accountant(events: Iterable[Event]) -> str:
 
 
 @lru_cache(maxsize=64)
-def calibrate(epsilon: float, delta: float, sample_rate: float, steps: int) -> float:
+def calibrate(
+    epsilon: float,
+    delta: float,
+    sample_rate: float,
+    steps: int,
+    mechanism: Mechanism = "gaussian",
+) -> float:
     """The smallest noise multiplier, to 0.1 % in epsilon, with which `steps` releases spend at most
     `epsilon`; raises ConfigError with the numbers where there is none.
     """
@@ -93,7 +99,7 @@ def calibrate(epsilon: float, delta: float, sample_rate: float, steps: int) -> f
             f"Expected a target epsilon above 0 and at most {_MAX_TARGET:g}, got {epsilon:g}; "
             "set one within, or name the noise multiplier."
         )
-    event = Event("gaussian", "record", 1.0, sample_rate, steps)
+    event = Event(mechanism, "record", 1.0, sample_rate, steps)
     chance = -math.expm1(steps * math.log1p(-sample_rate)) if sample_rate < 1 else 1.0
     if chance <= delta:
         raise ConfigError(

@@ -1,6 +1,7 @@
 """Client-level differential privacy: what a whole site sends is clipped, summed and noised.
 
-In the central model the server adds the noise and is trusted to; in the local one each site does.
+In the central model the server adds the noise and is trusted to; in the local one each site does,
+and in the distributed one each adds a share (`privacy.secure.distributed`).
 """
 
 from __future__ import annotations
@@ -213,7 +214,13 @@ def noised_at_site(
     """
     layout = Layout.of({name: tensor.float() for name, tensor in delta.items()})
     whole_D = layout.flatten({name: tensor.float() for name, tensor in delta.items()})
-    cohort = Cohort.of(layout, torch.zeros(layout.size), {"site": whole_D})
-    clipped, _ = clip(clip_norm=clip_norm).apply({}, cohort, torch.Generator())
     std = std_for(clip_norm, noise_multiplier, layout.size)
-    return layout.unflatten(add_gaussian(clipped.rows[0], std, source).float())
+    return layout.unflatten(add_gaussian(clipped(whole_D, clip_norm), std, source).float())
+
+
+def clipped(update_D: Tensor, clip_norm: float) -> Tensor:
+    """One update (D,), float32, scaled to an L2 norm of at most `clip_norm`."""
+    layout = Layout(("update",), (tuple(update_D.shape),))
+    cohort = Cohort.of(layout, torch.zeros(layout.size), {"site": update_D})
+    after, _ = clip(clip_norm=clip_norm).apply({}, cohort, torch.Generator())
+    return after.rows[0]

@@ -65,10 +65,11 @@ class PrivacyConfig(Section):
         description="Loss, in nats, above which a held-out row counts with this in "
         '`metrics = "noised"`.',
     )
-    place: Literal["central", "local"] = Field(
+    place: Literal["central", "local", "distributed"] = Field(
         "central",
         description='Who adds the noise with `unit = "client"`: the server, which sees the '
-        "updates as they are, or each site, before its update leaves.",
+        "updates as they are; each site, before its update leaves (`local`); or each site a share "
+        'of it, so that the sum has enough (`distributed`, with `secure.aggregation = "masks"`).',
     )
     clipping: Literal["fixed", "adaptive"] = Field(
         "fixed",
@@ -101,7 +102,7 @@ class PrivacyConfig(Section):
     @property
     def noised_by_sites(self) -> bool:
         """Whether the noise is added before anything leaves a site."""
-        return self.unit == "record" or (self.unit == "client" and self.place == "local")
+        return self.unit == "record" or (self.unit == "client" and self.place != "central")
 
     @property
     def on(self) -> bool:
@@ -146,9 +147,10 @@ class PrivacyConfig(Section):
                     f"privacy.{key}={got!r}, got {self.unit!r} and {self.place!r}; set them, or "
                     f"privacy.{key}={usual!r}."
                 )
-        if self.place == "local" and self.unit != "client":
+        if self.place != "central" and self.unit != "client":
             raise ConfigError(
-                f"Expected privacy.unit='client' with privacy.place='local', got {self.unit!r}; "
+                f"Expected privacy.unit='client' with privacy.place={self.place!r}, got "
+                f"{self.unit!r}; "
                 "records are always protected at their site. Set privacy.place='central'."
             )
         if self.clipping == "adaptive" and self.noise == "correlated":

@@ -50,6 +50,10 @@ class Policy(Section):
     trust_server_noise: bool = Field(
         False, description="Whether noise that the server adds counts as noise here."
     )
+    trust_peer_noise: bool = Field(
+        False,
+        description="Whether noise of which this site adds only a share counts as noise here.",
+    )
     require_secure_aggregation: bool = Field(
         False, description="Whether the server may see only sums of updates."
     )
@@ -102,6 +106,11 @@ class Policy(Section):
                 raise self._refusal(
                     "noise that this site adds", "noise at the server",
                     "add it at the sites, or let the site set trust-server-noise",
+                )  # fmt: skip
+            if event.noise_at == "sites" and not self.trust_peer_noise:
+                raise self._refusal(
+                    "noise that this site adds", "a share of it at each of the sites",
+                    "set privacy.place='local', or let the site set trust-peer-noise",
                 )  # fmt: skip
             if event.mechanism == "none" or event.noise_multiplier < least:
                 raise self._refusal(

@@ -20,7 +20,8 @@ _ZERO_OUT = {
 }
 _NOISE_AT = {
     "server": "the server adds the noise, sees each update without it, and is trusted to",
-    "sites": "the noise is the sum of the sites' shares: enough of them are honest",
+    "sites": "the noise is the sum of the sites' shares, none of which is known to who attacks: "
+    "each site knows its own",
 }
 
 

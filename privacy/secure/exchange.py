@@ -10,6 +10,7 @@ from torch import Tensor
 
 from models.layout import Layout
 from privacy.secure.config import SecureConfig
+from privacy.secure.distributed import Noise
 from privacy.secure.errors import SecureError
 from privacy.secure.groups import drawn
 from privacy.secure.server import Answers, Summation
@@ -24,7 +25,10 @@ MASKED = "masked"
 
 @dataclass(frozen=True)
 class Masks:
-    """Secure aggregation by masks; `settings` is a digest of the run's configuration."""
+    """Secure aggregation by masks; `settings` is a digest of the run's configuration.
+
+    With `noise`, of which the sites add shares, a sum is divided by the sites that were asked.
+    """
 
     secure: SecureConfig
     layout: Layout
@@ -32,6 +36,7 @@ class Masks:
     settings: str
     seed: int
     max_update_norm: float
+    noise: Noise | None = None
 
     def open(self, round_: int, asked: Sequence[str], sent: Decoded, ask: Ask) -> MaskedIntake:
         """Draw groups, collect keys and shares; raises CohortError for too few sites."""
@@ -39,7 +44,7 @@ class Masks:
         members = drawn(asked, groups, secure.min_group, self.seed, round_)
         common = Terms(
             self.run, round_, "", (), self.layout.digest, self.layout.size, secure.bits,
-            secure.range, self.settings,
+            secure.range, self.settings, self.noise,
         )  # fmt: skip
         sums = [
             Summation(replace(common, group=f"group {number}", members=tuple(names)))
@@ -114,9 +119,11 @@ class MaskedIntake:
 
         def open_(s: Summation) -> Answers:
             words = s.opened(_own(s, shares), self._model)
-            mean_D, weight = s.terms.numbers.decode(words, s.roster.scale)
+            fixed = len(s.terms.members) if s.terms.noise else 0
+            scale = 1 if fixed else s.roster.scale
+            mean_D, weight = s.terms.numbers.decode(words, scale, fixed)
             rows[s.terms.group] = self._checked(s, torch.from_numpy(mean_D), weight)
-            weights[s.terms.group] = float(weight)
+            weights[s.terms.group] = float(fixed or weight)
             return {}
 
         self._each(open_)

@@ -23,11 +23,15 @@ _CHUNK = 1 << 18
 
 @dataclass(frozen=True)
 class FixedPoint:
-    """Numbers in [-range, range] as multiples of `step`, summed over at most `sites` sites."""
+    """Numbers in [-range, range] as multiples of `step`, summed over at most `sites` sites.
+
+    `room` steps are kept free for noise on the sum.
+    """
 
     bits: int
     range: float
     sites: int
+    room: int = 0
 
     def __post_init__(self) -> None:
         """Raise ConfigError where no whole number is left for a single site."""
@@ -40,7 +44,7 @@ class FixedPoint:
     @property
     def limit(self) -> int:
         """Largest magnitude of one site's number, with headroom for the sum of all sites."""
-        return int(2 ** (self.bits - 1) - 1) // self.sites
+        return int(2 ** (self.bits - 1) - 1 - self.room) // self.sites
 
     @property
     def step(self) -> float:
@@ -94,12 +98,15 @@ class FixedPoint:
         words[len(update_D) :] = [weight // base**at % base for at in range(self.limbs)]
         return self.reduced(words), cut
 
-    def decode(self, total: Words, scale: int) -> tuple[NDArray[np.float32], int]:
-        """The weighted mean (D,) of the sites' updates, and the sum of their weights, of a sum."""
+    def decode(self, total: Words, scale: int, divisor: int = 0) -> tuple[NDArray[np.float32], int]:
+        """The weighted mean (D,) of the sites' updates, and the sum of their weights, of a sum.
+
+        With a `divisor` the weighted sum is divided by that, whoever takes part.
+        """
         total, size = self.reduced(total), len(total) - self.limbs
         weight = sum(int(limb) << (self._limb * at) for at, limb in enumerate(total[size:]))
         mean_D = np.empty(size, np.float32)
-        factor = self.step * scale / max(weight, 1)
+        factor = self.step * scale / (divisor or max(weight, 1))
         half, modulus = 2 ** (self.bits - 1), 2**self.bits
         for start in range(0, size, _CHUNK):
             part = total[start : min(start + _CHUNK, size)].astype(np.int64)

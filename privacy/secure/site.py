@@ -15,6 +15,7 @@ from typing import Literal
 
 import numpy as np
 
+from privacy.secure.distributed import Noise
 from privacy.secure.errors import SecureError
 from privacy.secure.fixed_point import Words
 from privacy.secure.keys import NodeKey, Pinned, agree, bound, fresh, public, seal, unseal
@@ -72,7 +73,9 @@ class Session:
     def loads(cls, text: str) -> Session:
         """The inverse of `dumps`."""
         values = json.loads(text)
-        terms = Terms(**{**values["terms"], "members": tuple(values["terms"]["members"])})
+        told = values["terms"]
+        noise = Noise(**told["noise"]) if told["noise"] else None
+        terms = Terms(**{**told, "members": tuple(told["members"]), "noise": noise})
         columns = values["roster"] or {}
         for name in ("sealing", "masking", "signatures"):
             columns[name] = [bytes.fromhex(entry) for entry in columns.get(name, [])]

@@ -9,6 +9,7 @@ from functools import cached_property
 from torch import Tensor
 
 from models.wire import encode
+from privacy.secure.distributed import Noise
 from privacy.secure.errors import SecureError
 from privacy.secure.fixed_point import FixedPoint
 from privacy.secure.keys import KEY_BYTES, bound
@@ -22,7 +23,8 @@ class Terms:
     """One sum of one round: over which sites, of what, and in which numbers.
 
     `members` are the sites that were asked, `layout` and `size` say what they train, `settings` is
-    a digest of the run's whole configuration. Every signature and every key is bound to all of it.
+    a digest of the run's whole configuration. With `noise` the sites add shares of it. Every
+    signature and every key is bound to all of it.
     """
 
     run: str
@@ -34,25 +36,27 @@ class Terms:
     bits: int
     range: float
     settings: str
+    noise: Noise | None = None
 
     @property
     def threshold(self) -> int:
-        """Sites without which there is no sum: more than two thirds of those asked.
-
-        So two sets of them share an honest site even where a third of them cheats.
-        """
-        return 2 * len(self.members) // 3 + 1
+        """Sites without which there is no sum."""
+        return threshold(len(self.members))
 
     @property
     def numbers(self) -> FixedPoint:
-        """The numbers that are summed."""
-        return FixedPoint(self.bits, self.range, len(self.members))
+        """The numbers that are summed; raises ConfigError where the bits are too few."""
+        sites = len(self.members)
+        if self.noise:
+            return self.noise.numbers(self.bits, self.range, sites, self.threshold, self.size)
+        return FixedPoint(self.bits, self.range, sites)
 
     @cached_property
     def digest(self) -> bytes:
         """Hash of all the terms."""
-        numbers = (self.layout, self.size, self.bits, repr(self.range), self.settings)
-        return bound("terms", self.run, self.round, self.group, *numbers, *self.members)
+        numbers = (self.layout, self.size, self.bits, repr(self.range), repr(self.noise))
+        where = (self.run, self.round, self.group)
+        return bound("terms", *where, *numbers, self.settings, *self.members)
 
 
 @dataclass(frozen=True)
@@ -148,6 +152,14 @@ class Roster:
         """The inverse of `parcel`; raises SecureError for what cannot be a roster."""
         columns = table(parcel, "sites", "sealing", "masking", "magnitudes", "signatures")
         return cls.of(terms, [Advert(*row) for row in columns])  # type: ignore[arg-type]
+
+
+def threshold(sites: int) -> int:
+    """How many of `sites` must stay to the end: more than two thirds.
+
+    So two sets of them share an honest site even where a third of them cheats.
+    """
+    return 2 * sites // 3 + 1
 
 
 def magnitude(weight: int) -> int:

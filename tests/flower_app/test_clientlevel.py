@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ CENTRAL: dict[str, Any] = {
     "privacy__noise_source": "seeded",
     "strategy__weighting": "uniform",
 }
+SHARED = CENTRAL | {"privacy__place": "distributed", "secure__aggregation": "masks"}
 LOCAL = CENTRAL | {"privacy__place": "local", "strategy__weighting": "examples"}
 
 
@@ -178,6 +180,43 @@ def test_local_noise_is_added_before_anything_leaves(nodes: Nodes) -> None:
     assert (noise / size) ** 0.5 == pytest.approx(0.12, rel=0.2)
 
 
+def test_noise_in_shares_has_its_scale_in_the_model_and_is_charged_at_the_sites(
+    nodes: Nodes,
+) -> None:
+    folder, _ = simulate(nodes, "shared", SHARED, run__rounds=1)
+    again, _ = simulate(nodes, "again", SHARED, run__rounds=1)
+    assert bytes_below(folder / "adapter") == bytes_below(again / "adapter")
+    assert not (folder.parent / "ledger.jsonl").exists()
+    event = Event("discrete-gaussian", "client", 1.2, noise_at="sites", round=1)
+    for path in (folder / "sites").rglob("ledger.jsonl"):
+        (charged_,) = Ledger(path).events()
+        assert replace(charged_, run="", site="", split="") == event
+    told = json.loads((folder / "summary.json").read_text())["privacy"]
+    assert told["epsilon"] == spent([event], 1e-5) and told["accountant"] == "RDP"
+    assert any("each site knows its own" in line for line in told["assumptions"])
+    assert all(row["loss_before"] is None for row in rows(folder, "site"))
+    (row,) = rows(folder, "round")
+    size = sum(t.numel() for t in nodes.start(**SHARED).values())
+    # All three sites must stay, so that their sum has the noise of 0.12, of which a third counts.
+    assert row["update_norm"] / size**0.5 == pytest.approx(0.04, rel=0.05)
+
+
+def test_without_noise_and_clipping_shares_change_nothing(nodes: Nodes) -> None:
+    plain, _ = simulate(nodes, "plain", {"strategy__weighting": "uniform"}, run__rounds=1)
+    quiet = SHARED | {"privacy__noise_multiplier": 1e-7, "privacy__clip_norm": 10.0}
+    folder, _ = simulate(nodes, "quiet", quiet, run__rounds=1, secure__range=0.1)
+    (norm,), (plain_norm,) = ([r["update_norm"] for r in rows(f, "round")] for f in (folder, plain))
+    assert norm == pytest.approx(plain_norm, rel=1e-3)
+
+
+def test_noise_in_shares_is_calibrated_with_its_own_accountant(nodes: Nodes) -> None:
+    target = SHARED | {"privacy__noise_multiplier": 0.0, "privacy__epsilon": 4.0}
+    config = parse(nodes.flat(**target, strategy__fraction=0.5, run__rounds=6))
+    noise = clientlevel.noise_multiplier(config)
+    event = Event("discrete-gaussian", "client", noise, count=6)
+    assert 0.995 * 4.0 < spent([event], 1e-5) <= 4.0
+
+
 def test_a_site_counts_no_sampling_that_it_cannot_see(nodes: Nodes) -> None:
     config = parse(nodes.flat(**CENTRAL, strategy__fraction=0.1))
     assert releases(config, 10, [1, 2]) == [
@@ -203,6 +242,10 @@ def test_a_site_counts_no_sampling_that_it_cannot_see(nodes: Nodes) -> None:
         ({"privacy__noise_multiplier": 0.0, "privacy__epsilon": 2000.0}, "target epsilon"),
         ({"privacy__place": "local", "run__baselines": True}, "no run.baselines"),
         ({"privacy__place": "local", "train__ditto_lambda": 0.1}, "no train.ditto-lambda"),
+        (SHARED | {"secure__aggregation": "none"}, r"aggregation='masks' .*got 'none', where"),
+        (SHARED | {"strategy__weighting": "examples"}, r"weighting='uniform' .*got 'examples'"),
+        (SHARED | {"run__baselines": True}, r"no run.baselines with privacy.place='distributed'"),
+        (SHARED | {"privacy__place": "central"}, r"place='local' or 'distributed' with secure"),
     ],
 )  # fmt: skip
 def test_what_would_make_the_guarantee_false_is_refused(
@@ -219,6 +262,7 @@ def test_what_would_make_the_guarantee_false_is_refused(
         ({"privacy__place": "local", "privacy__clipping": "adaptive"}, "place='central' with"),
         ({"privacy__unit": "record", "privacy__noise": "correlated"}, "unit='client' and"),
         ({"privacy__unit": "record", "privacy__place": "local"}, "unit='client' with"),
+        ({"privacy__unit": "record", "privacy__place": "distributed"}, "place='distributed', got"),
         ({"privacy__clipping": "adaptive", "privacy__noise": "correlated"}, "clipping='fixed'"),
     ],
 )
@@ -239,3 +283,7 @@ def test_noise_that_the_gate_would_refuse_is_refused_at_the_start(nodes: Nodes) 
         ConfigError, match=r"max-update-norm of at least .*norm of the sites' noise"
     ):
         simulate(nodes, "loud", LOCAL, strategy__max_update_norm=1.0)
+    with pytest.raises(ConfigError, match=r"max-update-norm of at least .*norm of the sites"):
+        simulate(nodes, "shares", SHARED, strategy__max_update_norm=0.5)
+    with pytest.raises(ConfigError, match=r"secure.bits that hold the sum of 3 sites and its noi"):
+        simulate(nodes, "coarse", SHARED, secure__bits=8)

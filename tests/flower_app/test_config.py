@@ -246,7 +246,7 @@ def configs(draw: st.DrawFn) -> dict[str, Value]:
         flat["secure.groups"] = 1
     if flat["privacy.unit"] != "client":
         flat["privacy.place"] = "central"
-    if flat["privacy.unit"] != "client" or flat["privacy.place"] == "local":
+    if flat["privacy.unit"] != "client" or flat["privacy.place"] != "central":
         flat["privacy.clipping"], flat["privacy.noise"] = "fixed", "independent"
     if flat["privacy.clipping"] == "adaptive":
         flat["privacy.noise"] = "independent"

@@ -240,7 +240,7 @@ def test_a_session_is_taken_once(nodes: Nodes) -> None:
                 "privacy__noise_multiplier": 1.0,
                 "strategy__weighting": "uniform",
             },
-            r"Expected privacy\.place='local' with secure\.aggregation",
+            r"place='local' or 'distributed' with secure",
         ),
         ({"secure__groups": 2}, r"Expected at least 6 sites for secure\.groups=2"),
         ({"secure__aggregation": "none", "secure__groups": 2}, r"Expected secure\.groups=1 with"),

@@ -122,6 +122,7 @@ def test_what_is_not_about_noise_is_asked_of_plain_runs_too() -> None:
         ([replace(ROUND, noise_multiplier=0.4, part="held-out")], "got 0.4 .held-out rows"),
         ([Event("none", "record")], "at least 0.5"),
         ([replace(ROUND, noise_at="server")], "noise that this site adds.*noise at the server"),
+        ([replace(ROUND, noise_at="sites")], "noise that this site adds.*let.*trust-peer-noise"),
         ([], "Expected releases with noise"),
     ],
 )
@@ -132,6 +133,9 @@ def test_too_little_noise_is_refused(events: list[Event], said: str) -> None:
     policy.check_noise([replace(ROUND, noise_multiplier=0.5)])
     made(min_noise_multiplier=0.5, trust_server_noise=True).check_noise(
         [replace(ROUND, noise_at="server")]
+    )
+    made(min_noise_multiplier=0.5, trust_peer_noise=True).check_noise(
+        [replace(ROUND, noise_at="sites")]
     )
 
 
