@@ -15,25 +15,35 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
 from flower_app.config import Config, defaults, parse
 from flower_app.data.format import prompt_maker
+from flower_app.generate_split import Site, add_options
+from flower_app.stream import StreamError
 from models import base
 from models.payload import virtual_tokens
 from models.section import ConfigError
+from models.split.generate import greedy, sampling
+from models.split.step import SplitError
 from models.text import Frame
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the continuation of a prompt, token by token; exit status 2 on bad input."""
     parser = argparse.ArgumentParser(prog="generate", description=__doc__)
-    parser.add_argument("--run", type=Path, required=True, help="run folder, such as runs/latest")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--run", type=Path, help="run folder, such as runs/latest")
+    which.add_argument("--split", metavar="ADDRESS", help="server of the middle (below)")
     parser.add_argument("--prompt", required=True, help="text to continue")
     parser.add_argument("--max-new-tokens", type=int, default=120)
     parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--base", action="store_true", help="the base model, without the adapter")
+    add_options(parser)
     options = parser.parse_args(arguments)
     try:
-        generate(options)
-    except ConfigError as error:
+        if options.split:
+            across(options)
+        else:
+            generate(options)
+    except (ConfigError, StreamError, SplitError) as error:
         print(error, file=sys.stderr)
         return 2
     return 0
@@ -73,6 +83,23 @@ def generate(options: argparse.Namespace) -> None:
             streamer=TextStreamer(tokenizer, skip_special_tokens=True),
             **sampling,
         )
+
+
+def across(options: argparse.Namespace) -> None:
+    """Stream from a model whose middle is at a server; raises ConfigError and StreamError."""
+    site = Site.load(options)
+    tokenizer = AutoTokenizer.from_pretrained(site.folder)
+    ids = _prompt(tokenizer, options.prompt)
+    most = _room(site.tail.model, ids, options.max_new_tokens)
+    warm = options.temperature > 0
+    choose = sampling(options.temperature, options.seed) if warm else greedy
+    printer = TextStreamer(tokenizer, skip_special_tokens=True)
+    printer.put(ids)
+    try:
+        for token in site.tokens(ids, most, choose):
+            printer.put(torch.tensor([token]))
+    finally:
+        printer.end()
 
 
 def _config(folder: Path) -> Config:

@@ -127,7 +127,7 @@ def exchange(
         try:
             yield from channel.stream_stream(_PATH)(frames, timeout=timeout)
         except grpc.RpcError as error:
-            code, details = error.code(), error.details()
+            code, details = error.code(), str(error.details()).rstrip(".")
             raise StreamError(
                 f"Expected a stream to the server at {address}, got {code.name}: {details}."
             ) from error

@@ -81,8 +81,11 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
 
 
-def find_folder(name: str) -> Path:
-    """Folder in hub format behind `name`; raises ConfigError when there is none."""
+def find_folder(name: str, *, tokenizer: bool = True) -> Path:
+    """Folder in hub format behind `name`; raises ConfigError when there is none.
+
+    With a `tokenizer` it must hold one.
+    """
     if name == "embedded":
         return embedded.ensure()
     folder = located(name)
@@ -93,7 +96,7 @@ def find_folder(name: str) -> Path:
             f"Expected a model folder with a config.json, got {str(folder)!r}; save the model "
             "there with save_pretrained, or name a hub id."
         )
-    if not any(folder.glob("tokenizer*")) and not any(folder.glob("vocab*")):
+    if tokenizer and not any(folder.glob("tokenizer*")) and not any(folder.glob("vocab*")):
         raise ConfigError(
             f"Expected a tokenizer in the model folder {str(folder)!r}, got none; save it there "
             "with tokenizer.save_pretrained."

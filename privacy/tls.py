@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import datetime
+import os
 import secrets
 from dataclasses import dataclass
+from pathlib import Path
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
@@ -14,6 +16,7 @@ from cryptography.x509.oid import NameOID
 
 from models.section import ConfigError
 
+_KEY, _CERTIFICATE = "key.pem", "certificate.pem"
 _EARLY = datetime.timedelta(hours=1)  # clocks differ
 
 
@@ -52,6 +55,38 @@ class Identity:
         )
         private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
         return cls(private, certificate.public_bytes(Encoding.PEM))
+
+    def write(self, folder: Path) -> None:
+        """Keep key and certificate in a new folder; raises ConfigError where there are some."""
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(folder / _KEY, "xb", opener=_for_the_owner) as file:
+                file.write(self.key)
+        except FileExistsError:
+            raise ConfigError(
+                f"Expected no key in {str(folder)!r} yet, got one; name another folder."
+            ) from None
+        (folder / _CERTIFICATE).write_bytes(self.certificate)
+
+    @classmethod
+    def read(cls, folder: Path) -> Identity:
+        """What `write` kept; raises ConfigError for a folder without it."""
+        return cls(read_pem(folder / _KEY), read_pem(folder / _CERTIFICATE))
+
+
+def read_pem(path: Path) -> bytes:
+    """A file of PEM; raises ConfigError for one that is not there."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(
+            f"Expected a key or certificate in {str(path)!r}, but: {error.strerror}; make both "
+            "with ./scripts/split keys, or ask the other side for its certificate."
+        ) from None
+
+
+def _for_the_owner(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 HOST = "florilegium"  # what every certificate is for: who it is, is decided by the certificate

@@ -6,14 +6,17 @@ that PEFT would give the whole, under the same names, and starts them from the s
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
-from peft import PeftConfig
+from peft import LoraConfig, PeftConfig
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -25,17 +28,25 @@ from models.seeds import derive
 from models.split.cut import Part
 
 _WRAPPER = "base_model.model."
+_WEIGHTS = "adapter_model.safetensors"
+# Keys of adapter_config.json that say where it came from, not what it computes.
+_INDECISIVE = ("base_model_name_or_path", "revision", "peft_version", "inference_mode")
 
 
-def adapt(model: Any, config: PayloadConfig, task: str) -> PeftConfig:
+def adapt(model: Any, config: PayloadConfig | PeftConfig, task: str) -> PeftConfig:
     """Attach LoRA to a whole model without weights, in place; raises ConfigError."""
+    if isinstance(config, PeftConfig):
+        return _attached(model, config)
     if config.kind != "lora":
         raise ConfigError(
             f"Expected payload.kind='lora' in the parts of a split model, got {config.kind!r}; "
             "set it, or train the parts in full."
         )
     classes = ("classifier",) if task == "classification" else ()
-    settings = peft_config(config, model, task, classes)
+    return _attached(model, peft_config(config, model, task, classes))
+
+
+def _attached(model: Any, settings: PeftConfig) -> PeftConfig:
     try:
         peft.get_peft_model(model, settings)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -106,4 +117,60 @@ def join(tensors: Mapping[str, Tensor], settings: PeftConfig, folder: Path) -> N
     settings.save_pretrained(str(folder))
     sort_lists(folder / "adapter_config.json")
     named = {_WRAPPER + name: tensors[name].contiguous() for name in sorted(tensors)}
-    save_file(named, folder / "adapter_model.safetensors", {"format": "pt"})
+    save_file(named, folder / _WEIGHTS, {"format": "pt"})
+
+
+def read_settings(folder: Path) -> PeftConfig:
+    """Configuration of a LoRA adapter in PEFT's format; raises ConfigError for any other folder."""
+    try:
+        settings = PeftConfig.from_pretrained(str(folder))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ConfigError(
+            f"Expected an adapter in PEFT's format in {str(folder)!r}, got: {error}; name the "
+            "folder `adapter` of a run."
+        ) from None
+    if not isinstance(settings, LoraConfig) or settings.use_dora:
+        raise ConfigError(
+            f"Expected an adapter of plain LoRA in {str(folder)!r}, got {settings.peft_type}; "
+            "parts of a model take no other."
+        )
+    settings.base_model_name_or_path = None  # the folder of whoever trained it
+    return settings
+
+
+def digest_of_adapter(folder: Path) -> str:
+    """SHA-256 of an adapter's tensors and of what decides how they are used."""
+    settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    decisive = {key: value for key, value in settings.items() if key not in _INDECISIVE}
+    total = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode())
+    with (folder / _WEIGHTS).open("rb") as file:
+        total.update(hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()
+
+
+@torch.no_grad()
+def load_adapter(part: Part, folder: Path) -> None:
+    """Read what an adapter for the whole model adds to a part, and nothing else of it.
+
+    Raises ConfigError for a file without it, or with tensors of another shape.
+    """
+    path = folder / _WEIGHTS
+    try:
+        with safe_open(path, "pt") as file:
+            there = set(file.keys())
+            for name, parameter in part.named_parameters():
+                if ".lora_" not in name and ".modules_to_save." not in name:
+                    continue
+                key = _WRAPPER + plain(part.name_in_whole(name))
+                found = file.get_tensor(key) if key in there else torch.empty(0)
+                if found.shape != parameter.shape:
+                    raise ConfigError(
+                        f"Expected {key!r} of shape {tuple(parameter.shape)} in {str(path)!r}, got "
+                        f"{tuple(found.shape) if key in there else 'none'}; name the adapter of "
+                        "this model."
+                    )
+                parameter.copy_(found)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(
+            f"Expected safetensors in {str(path)!r}, but: {error}; copy it again."
+        ) from error

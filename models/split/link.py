@@ -68,6 +68,14 @@ class FrameLink:
         """Done when the middle has taken its optimiser step."""
         return self._ask(Message(Kind.STEP, number), Kind.STEPPED)
 
+    def open(self, model: int) -> Future[Tensor]:
+        """Done when the server is ready for a text, having the middle of this model."""
+        return self._ask(Message(Kind.OPEN, model), Kind.OPENED)
+
+    def generate(self, position: int, hidden: Tensor) -> Future[Tensor]:
+        """Hidden states behind the middle of the tokens from `position` on."""
+        return self._ask(Message(Kind.GENERATE, position, hidden), Kind.GENERATED)
+
     def _ask(self, question: Message, answer: Kind) -> Future[Tensor]:
         frame = question.encode(self._limits.precision)
         future: Future[Tensor] = Future()

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 import transformers
 from accelerate import init_empty_weights
+from peft import PeftConfig
 from pydantic import Field, ValidationError
 from safetensors.torch import save_file
 from transformers import AutoConfig
@@ -70,7 +71,7 @@ def load_parts(
     *,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
-    payload: PayloadConfig | None = None,
+    payload: PayloadConfig | PeftConfig | None = None,
 ) -> dict[PartName, Part]:
     """Read parts of the model in a folder, and nothing else, onto the CPU.
 
@@ -99,7 +100,7 @@ def empty(
     folder: Path,
     cuts: Cuts,
     dtype: torch.dtype = torch.float32,
-    payload: PayloadConfig | None = None,
+    payload: PayloadConfig | PeftConfig | None = None,
 ) -> tuple[Any, Parts]:
     """The whole model and its parts without any weights; raises ConfigError."""
     try:

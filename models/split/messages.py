@@ -26,14 +26,22 @@ class Kind(IntEnum):
     STEPPED = 6
     SCORE = 7
     SCORED = 8
+    GENERATE = 10
+    GENERATED = 11
+    OPEN = 12
+    OPENED = 13
 
 
 _MASKED = (Kind.FORWARD, Kind.SCORE)
+_BARE = (Kind.STEP, Kind.STEPPED, Kind.OPEN, Kind.OPENED)
 
 
 @dataclass(frozen=True, eq=False)
 class Message:
-    """`values` (batch, tokens, hidden) go with all but steps, `mask` with FORWARD and SCORE."""
+    """`values` (batch, tokens, hidden) go with all but steps and OPEN, `mask` with FORWARD, SCORE.
+
+    `key` is the micro-batch; of GENERATE the position of its first token, of OPEN the model.
+    """
 
     kind: Kind
     key: int
@@ -57,7 +65,11 @@ class Message:
             raise WireError(f"Expected a message of at least {_HEAD.size} bytes, got {len(data)}.")
         number, key, rows, columns = _HEAD.unpack_from(data)
         if number not in list(Kind):
-            raise WireError(f"Expected a kind of message from 1 to {max(Kind)}, got {number}.")
+            known = ", ".join(str(int(kind)) for kind in Kind)
+            raise WireError(
+                f"Expected a kind of message among {known}, got {number}; use the same version at "
+                "both ends."
+            )
         kind, body = Kind(number), data[_HEAD.size :]
         mask = None
         if kind in _MASKED:
@@ -70,7 +82,7 @@ class Message:
             mask, body = _unpacked(body[:size], rows, columns), body[size:]
         elif rows or columns:
             raise WireError(f"Expected no mask with {kind.name}, got {rows} x {columns}.")
-        if kind in (Kind.STEP, Kind.STEPPED):
+        if kind in _BARE:
             if body:
                 raise WireError(f"Expected nothing more in {kind.name}, got {len(body)} bytes.")
             return cls(kind, key)
