@@ -46,6 +46,7 @@ A `{config.payload.kind}` payload for `{base}` ({config.model.task}), trained wi
 |---|---|
 | Rounds | {facts["rounds"]} |
 | Aggregation | `{config.strategy.rule}`, server optimiser `{config.strategy.server_optimizer}` |
+{_secure(config)}\
 | Local training | {config.train.optimizer}, learning rate {config.train.learning_rate:g} |
 | Trained values | {facts["trainable_parameters"]:,} |
 | Base model digest | `{facts["base"]}` |
@@ -55,6 +56,13 @@ A `{config.payload.kind}` payload for `{base}` ({config.model.task}), trained wi
 {_personal(config)}
 {_privacy(facts["privacy"])}
 """
+
+
+def _secure(config: Config) -> str:
+    if not config.secure.on:
+        return ""
+    kind = config.secure.aggregation
+    return f"| Secure aggregation | `{kind}`: the server saw sums over groups of sites only |\n"
 
 
 def _privacy(told: Mapping[str, Any]) -> str:

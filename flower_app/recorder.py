@@ -242,6 +242,7 @@ def summarise(
         "task": config.model.task,
         "payload": config.payload.kind,
         "rule": config.strategy.rule,
+        "secure_aggregation": config.secure.aggregation,
         "zero_shot": score(first),
         "local": _average(local, ("loss", name, "own_loss", f"own_{name}")) if local else None,
         "federated": score(last),

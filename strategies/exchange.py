@@ -25,6 +25,17 @@ Parcel: TypeAlias = Mapping[str, int | float | str | bytes | Column]
 Ask: TypeAlias = Callable[[str, Mapping[str, Parcel], float], Mapping[str, Parcel]]
 
 
+def nbytes(parcel: Parcel) -> int:
+    """Bytes of a parcel's values: text and raw bytes by their length, a number as 8."""
+    cells = [cell for v in parcel.values() for cell in (v if isinstance(v, list) else [v])]
+    return sum(
+        len(cell.encode() if isinstance(cell, str) else cell)
+        if isinstance(cell, bytes | str)
+        else 8
+        for cell in cells
+    )
+
+
 @dataclass(frozen=True)
 class Sent:
     """What all sites train from in a round: the payload, and what was added to frozen weights."""

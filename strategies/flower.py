@@ -29,6 +29,7 @@ from strategies.gate import Refusal, Reply
 from strategies.messages import (
     Scalar,
     SiteOutcome,
+    Traffic,
     ask_sites,
     collect,
     decode_all,
@@ -127,6 +128,7 @@ class ComposedStrategy(Strategy):
         self._lora_scale = lora_scale
         self._exchange = exchange or Plain(settings, layout, spool)
         self._intake: Intake | None = None
+        self._traffic = Traffic()
         self._done = 0
         self._base_D = torch.zeros(layout.size)
         self._state: State = chain.init(layout.size)
@@ -162,7 +164,9 @@ class ComposedStrategy(Strategy):
             self._asked = {members[name]: name for name in names}
             self._present = len(members)
             plan = partial(self._plan, server_round)
-            ask = partial(ask_sites, grid, {site: members[site] for site in names}, plan)
+            nodes = {site: members[site] for site in names}
+            self._traffic = Traffic()
+            ask = partial(ask_sites, grid, nodes, plan, self._traffic)
 
             def sent() -> Sent:
                 return Sent(decode_all(arrays), self.fold)
@@ -170,7 +174,9 @@ class ComposedStrategy(Strategy):
             self._intake = self._exchange.open(server_round, sorted(names), sent, ask)
         except (TooFewSites, CohortError) as error:
             raise RoundError(f"{error} Finished rounds are safe: {_RESUME}.") from error
-        return self._messages(MessageType.TRAIN, server_round, arrays, config, self._intake.parcels)
+        parcels = self._intake.parcels
+        self._traffic.sent(parcels)
+        return self._messages(MessageType.TRAIN, server_round, arrays, config, parcels)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -239,7 +245,7 @@ class ComposedStrategy(Strategy):
                 server_round,
                 payload,
                 self._state,
-                outcomes,
+                self._traffic.added(outcomes),
                 now - started,
                 now - received,
                 update_norm,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
@@ -12,7 +13,7 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 from models.wire import RawArray, decode, encode
-from strategies.exchange import Parcel
+from strategies.exchange import Parcel, nbytes
 from strategies.gate import Reply
 
 Scalar = bool | int | float | str
@@ -23,7 +24,7 @@ _LONGEST = 2000  # characters of a site's reason that are kept
 
 @dataclass(frozen=True)
 class SiteOutcome:
-    """What one asked site answered in a round; sizes in bytes of payload."""
+    """What one asked site answered in a round; bytes of payload, update and exchange."""
 
     site: str
     status: Literal["ok", "quarantined", "screened", "failed", "missing"]
@@ -31,6 +32,26 @@ class SiteOutcome:
     report: Mapping[str, Scalar]
     bytes_down: int
     bytes_up: int
+
+
+class Traffic:
+    """Bytes that an exchange's own parcels cost each site in a round."""
+
+    def __init__(self) -> None:
+        self.down: Counter[str] = Counter()
+        self.up: Counter[str] = Counter()
+
+    def sent(self, parcels: Mapping[str, Parcel]) -> None:
+        """Count what sites are told."""
+        self.down.update({site: nbytes(parcel) for site, parcel in parcels.items()})
+
+    def added(self, outcomes: Iterable[SiteOutcome]) -> tuple[SiteOutcome, ...]:
+        """Outcomes with these bytes on top of theirs."""
+        down, up = self.down, self.up
+        return tuple(
+            replace(o, bytes_down=o.bytes_down + down[o.site], bytes_up=o.bytes_up + up[o.site])
+            for o in outcomes
+        )
 
 
 def to_record(tensors: Mapping[str, Tensor]) -> ArrayRecord:
@@ -99,11 +120,15 @@ def ask_sites(
     grid: Grid,
     nodes: Mapping[str, int],
     plan: Callable[[str], Mapping[str, Scalar]],
+    traffic: Traffic,
     step: str,
     parcels: Mapping[str, Parcel],
     timeout: float,
 ) -> dict[str, Parcel]:
-    """Ask sites a question of an exchange; the first answer of each that gave one in time."""
+    """Ask sites a question of an exchange; the first answer of each that gave one in time.
+
+    `traffic` counts both ways.
+    """
     sites = {node: site for site, node in nodes.items() if site in parcels}
 
     def message(site: str) -> Message:
@@ -111,10 +136,13 @@ def ask_sites(
         content["parcel"] = ConfigRecord(dict(parcels[site]))
         return Message(content, nodes[site], f"{MessageType.QUERY}.{step}", group_id=step)
 
+    traffic.sent(parcels)
     answers: dict[str, Parcel] = {}
     for reply in collect(grid, [message(site) for site in sorted(parcels)], timeout):
         if site := sites.get(reply.metadata.src_node_id):
-            answers.setdefault(site, _answer(reply))
+            answer = _answer(reply)
+            answers.setdefault(site, answer)
+            traffic.up[site] += nbytes(answer)
     return answers
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -25,7 +25,7 @@ from privacy.secure.keys import NodeKey, Pinned
 from privacy.secure.masks import keystream_rate
 from privacy.secure.server import Answers, Summation
 from privacy.secure.terms import Terms
-from strategies.exchange import Parcel
+from strategies.exchange import Parcel, nbytes
 
 TARGET = 1.3
 REACH = 0.1
@@ -68,12 +68,12 @@ class Bench:
         answers: dict[str, Parcel] = {}
         for site_name in self.mail:
             self.sessions[site_name], answers[site_name] = self.timed(name, site, site_name)
-        self.up += sum(map(_nbytes, answers.values()))
+        self.up += sum(map(nbytes, answers.values()))
         self.deliver(self.timed("server", server, answers))
 
     def deliver(self, mail: Answers) -> None:
         """Count what travels to the sites."""
-        self.down += sum(map(_nbytes, mail.values()))
+        self.down += sum(map(nbytes, mail.values()))
         self.mail = mail
 
     def run(self) -> NDArray[np.float32]:
@@ -98,7 +98,7 @@ class Bench:
         answers = {
             n: self.timed("keys", steps.unmask, held[n], self.mail[n], pinned) for n in self.mail
         }
-        self.up += sum(map(_nbytes, answers.values()))
+        self.up += sum(map(nbytes, answers.values()))
         total = self.timed("server", self.server.opened, answers, MODEL)
         return self.terms.numbers.decode(total, self.server.roster.scale)[0]
 
@@ -161,11 +161,6 @@ def _check(mean_D: NDArray[np.float32], update: torch.Tensor, step: float) -> No
     """All sites sent the same update, which is their mean; a bench of a wrong sum is none."""
     cut = update.clamp(-REACH, REACH).numpy()
     assert float(np.abs(mean_D - cut).max()) <= 2 * step, "the sum is not that of the updates"
-
-
-def _nbytes(parcel: Mapping[str, Any]) -> int:
-    cells = [cell for v in parcel.values() for cell in (v if isinstance(v, list) else [v])]
-    return sum(len(cell) if isinstance(cell, bytes | str) else 8 for cell in cells)
 
 
 def _best(work: Callable[[], object]) -> float:

@@ -115,6 +115,7 @@ def _facts(run: Run) -> str:
         "Payload": summary.get("payload"),
         "Trained parameters": count(number(summary, "trainable_parameters")),
         "Rule": summary.get("rule"),
+        "Secure aggregation": words.secure(run),
         "Per round, to sites": size(number(summary, "bytes_down_per_round")),
         "Per round, back": size(number(summary, "bytes_up_per_round")),
         "Error of averaging A and B apart": share(number(summary, "product_gap")),

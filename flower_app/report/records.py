@@ -201,6 +201,7 @@ def _so_far(
         "task": config.get("model", {}).get("task"),
         "payload": config.get("payload", {}).get("kind"),
         "rule": config.get("strategy", {}).get("rule"),
+        "secure_aggregation": config.get("secure", {}).get("aggregation", "none"),
         "zero_shot": _with_own(first, metric),
         "local": {key: _mean(local.values(), key) for key in keys} if local else None,
         "federated": _with_own(last, metric),

@@ -109,6 +109,11 @@ def travelled(run: Run) -> list[str]:
                 f"Another {count(kept)} trained parameters never left the site, which trains its "
                 "own; figures of a site are those of the shared part together with them."
             )
+    if kind := secure(run):
+        said.append(
+            f"The updates were added up by secure aggregation (“{kind}”): the server saw sums over "
+            "groups of sites and no single site's update; docs/privacy.md says on what that rests."
+        )
     down, up = (number(run.summary, f"bytes_{way}_per_round") for way in ("down", "up"))
     if down is not None and up is not None:
         said.append(f"Per round that is {size(down)} to all sites together and {size(up)} back.")
@@ -128,6 +133,12 @@ def travelled(run: Run) -> list[str]:
             if _unit(run) != "none":
                 said[-1] += " Training alone and on pooled rows had no noise."
     return said
+
+
+def secure(run: Run) -> str:
+    """The kind of secure aggregation; empty without."""
+    kind = run.summary.get("secure_aggregation")
+    return kind if isinstance(kind, str) and kind != "none" else ""
 
 
 def _reported(run: Run) -> str:

@@ -26,7 +26,7 @@ PAYLOAD = {"a": torch.ones(2)}
 # What a run promises to hold (see the README).
 PROMISED = {
     "zero_shot", "local", "federated", "central", "rounds", "sites", "bytes_down_per_round",
-    "bytes_up_per_round", "tokens_per_s", "wall_s", "seed",
+    "bytes_up_per_round", "tokens_per_s", "wall_s", "seed", "secure_aggregation",
 }  # fmt: skip
 SITE_ROW = {
     "kind", "round", "site", "status", "reason", "examples", "train_loss", "loss_before",
