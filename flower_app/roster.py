@@ -61,6 +61,7 @@ class Roster:
         self._base_digest = base_digest
         self._run = run
         self._timeout = timeout
+        self._versions = versions()
         self._known: dict[int, Member | Refused] = {}  # a member, or why the node is none
         self._late: dict[str, int] = {}  # questions without an answer yet, and whom they went to
         self._refused_of = 0  # partitions of the simulation that a refused node is part of
@@ -119,11 +120,11 @@ class Roster:
             log(WARNING, "%s", text)
 
     def _compare_versions(self, member: Member) -> None:
-        if member.versions != versions():
+        if member.versions != self._versions:
             self._warn(
                 member.node_id,
-                f"{member.site} runs {member.versions}, the server {versions()}: the same seed may "
-                "give other bits there.",
+                f"{member.site} runs {member.versions}, the server {self._versions}: the same seed "
+                "may give other bits there.",
             )
 
     def refused(self) -> dict[str, str]:

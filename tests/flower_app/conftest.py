@@ -7,7 +7,20 @@ from pathlib import Path
 
 import pytest
 
+from flower_app import run as server
 from tests.flower_app.nodes import Nodes
+
+
+@pytest.fixture
+def reports() -> None:
+    """Whole runs write their page, as outside of tests."""
+
+
+@pytest.fixture(autouse=True)
+def no_report(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plots take longer than these runs; a test that reads the page asks for `reports`."""
+    if "reports" not in request.fixturenames:
+        monkeypatch.setattr(server, "write_report", lambda folder: folder)
 
 
 @pytest.fixture

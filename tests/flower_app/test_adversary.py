@@ -24,7 +24,7 @@ from strategies.attacks.config import AttackConfig
 from strategies.attacks.malformed import FAULTS
 from strategies.attacks.registry import ATTACKS, pick
 from strategies.config import StrategyConfig
-from strategies.flower import ComposedStrategy, RoundOutcome
+from strategies.flower import ComposedStrategy, RoundOutcome, Tamper
 from strategies.messages import SiteOutcome, decode_all, to_record
 from tests.fakes import Answer, FakeGrid, Site, at_the_server
 from tests.flower_app.test_run import config as run_config
@@ -34,7 +34,8 @@ LAYOUT = Layout(("h.lora_A.weight", "h.lora_B.weight", "head.weight"), ((2, 3), 
 START = LAYOUT.unflatten(torch.linspace(-1, 1, LAYOUT.size))
 HONEST = tuple(f"site-{i:02}" for i in range(9))
 BAD = ("site-90", "site-91")
-NODES = {name: 1000 + 7 * i for i, name in enumerate((*HONEST, *BAD))}
+WRONG = tuple(f"wrong-{i:02}" for i in range(20))
+NODES = {name: 1000 + 7 * i for i, name in enumerate((*HONEST, *BAD, *WRONG))}
 
 
 @pytest.fixture(autouse=True)
@@ -72,20 +73,23 @@ class Log:
         pass
 
 
+def adversary(attack: str, names: Iterable[str] = BAD, **options: Any) -> Adversary:
+    config = AttackConfig.model_validate({"name": attack, **options})
+    return Adversary(pick(config), config, frozenset(names), LAYOUT, 3)
+
+
 def run(
     folder: Path, names: Iterable[str], attack: str = "none", *, seed: int = 0, rule: str = "mean",
-    options: Mapping[str, Any] | None = None, **settings: Any,
+    options: Mapping[str, Any] | None = None, tamper: Tamper | None = None, **settings: Any,
 ) -> tuple[bytes, Log]:  # fmt: skip
     """Two rounds over the sites `names`, of which BAD are malicious; the last payload's bytes."""
     config = StrategyConfig.model_validate({"rule": rule, **settings})
-    attacking = AttackConfig.model_validate({"name": attack, **(options or {})})
-    adversary = Adversary(pick(attacking), attacking, frozenset(BAD), LAYOUT, 3)
     log = Log()
     strategy = ComposedStrategy(
-        config, registry.build(config), LAYOUT, seed=3, quorum=0.5,
+        config, registry.build(config), LAYOUT, seed=3, quorum=0.3,
         members=lambda grid, done: {name: NODES[name] for name in names},
         plan=lambda round_, site: {}, spool=folder / "spool", listener=log,
-        tamper=adversary.tamper,
+        tamper=tamper or adversary(attack, **(options or {})).tamper,
         trusted=lambda round_, received, folded: {n: -0.3 * t for n, t in received.items()},
     )  # fmt: skip
     grid = FakeGrid({NODES[name]: site(name) for name in names}, seed=seed)
@@ -98,22 +102,50 @@ def by_site(log: Log, round_: int = 1) -> dict[str, SiteOutcome]:
 
 
 RULES = sorted(registry.RULES)
+MALFORMED = sorted(set(FAULTS) - {"duplicate"})
 
 
-@pytest.mark.parametrize("fault", sorted(set(FAULTS) - {"duplicate"}))
-@pytest.mark.parametrize("rule", RULES)
-def test_a_malformed_reply_meets_its_refusal_and_leaves_no_trace(
-    rule: str, fault: str, tmp_path: Path
-) -> None:
-    alone, _ = run(tmp_path, HONEST, rule=rule)
-    got, log = run(tmp_path, (*HONEST, *BAD), fault, rule=rule)
-    assert got == alone
+def assert_refused(log: Log, name: str, fault: str) -> None:
     for round_ in (1, 2):
-        outcomes = by_site(log, round_)
-        for name in BAD:
-            assert outcomes[name].status == "quarantined"
-            assert outcomes[name].reason.startswith(f"{FAULTS[fault].kind}: ")
-        assert all(outcomes[name].status == "ok" for name in HONEST)
+        outcome = by_site(log, round_)[name]
+        assert outcome.status == "quarantined"
+        assert outcome.reason.startswith(f"{FAULTS[fault].kind}: ")
+
+
+@pytest.mark.parametrize("fault", MALFORMED)
+def test_a_malformed_reply_meets_its_refusal_and_leaves_no_trace(
+    fault: str, tmp_path: Path
+) -> None:
+    got, log = run(tmp_path, (*HONEST, *BAD), fault)
+    assert got == run(tmp_path, HONEST)[0]
+    for name in BAD:
+        assert_refused(log, name, fault)
+    assert all(by_site(log, round_)[n].status == "ok" for round_ in (1, 2) for n in HONEST)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_all_of_them_at_once_leave_no_trace_in_any_rule(rule: str, tmp_path: Path) -> None:
+    wrong = dict(zip(WRONG, MALFORMED, strict=False))
+    assert len(wrong) == len(MALFORMED)
+    got, log = run(tmp_path, (*HONEST, *wrong), tamper=chained(wrong), rule=rule)
+    assert got == run(tmp_path, HONEST, rule=rule)[0]
+    for name, fault in wrong.items():
+        assert_refused(log, name, fault)
+    assert all(by_site(log, round_)[n].status == "ok" for round_ in (1, 2) for n in HONEST)
+
+
+def chained(attacks: Mapping[str, str]) -> Tamper:
+    """Adversaries one after the other, each with one site of its own."""
+    adversaries = [adversary(attack, {name}) for name, attack in attacks.items()]
+
+    def tamper(
+        round_: int, asked: Mapping[int, str], base_D: Tensor, replies: Iterable[Message]
+    ) -> Iterable[Message]:
+        for each in adversaries:
+            replies = each.tamper(round_, asked, base_D, replies)
+        return replies
+
+    return tamper
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -153,25 +185,21 @@ def test_inflated_weights_are_capped(tmp_path: Path) -> None:
 
 
 def test_a_site_that_fails_is_left_alone(tmp_path: Path) -> None:
-    config = AttackConfig(name="sign-flip")
-    adversary = Adversary(pick(config), config, frozenset(BAD), LAYOUT, 3)
     grid = FakeGrid({1: lambda question: [Answer(report={"error": "disk"})]})
     question = Message(messages.RecordDict(), 1, "train")
     (reply,) = messages.collect(grid, [question], 5)
-    shown = adversary.tamper(1, {1: BAD[0]}, torch.zeros(LAYOUT.size), [reply])
+    shown = adversary("sign-flip").tamper(1, {1: BAD[0]}, torch.zeros(LAYOUT.size), [reply])
     assert list(shown) == [reply]
 
 
 def test_a_resumed_run_meets_the_same_attack(tmp_path: Path) -> None:
-    config = AttackConfig(name="gaussian")
     sent = []
     for _ in range(2):  # a new process knows nothing of earlier rounds
-        adversary = Adversary(pick(config), config, frozenset(BAD), LAYOUT, 3)
         grid = FakeGrid({NODES[name]: site(name) for name in (*HONEST, *BAD)}, seed=len(sent))
         plan = messages.RecordDict({"plan": messages.ConfigRecord({"round": 2})})
         replies = messages.collect(grid, [Message(plan, node, "train") for node in grid.sites], 5)
         asked = {node: name for name, node in NODES.items()}
-        shown = adversary.tamper(2, asked, torch.zeros(LAYOUT.size), replies)
+        shown = adversary("gaussian").tamper(2, asked, torch.zeros(LAYOUT.size), replies)
         found = {asked[m.metadata.src_node_id]: decode_all(m.content.array_records["arrays"])
                  for m in shown}  # fmt: skip
         sent.append(torch.stack([LAYOUT.flatten(found[name]) for name in BAD]))

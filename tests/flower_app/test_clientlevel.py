@@ -104,6 +104,7 @@ def test_a_resumed_run_ends_with_the_same_bytes(
     assert len(charged(folder)) >= len(charged(whole))
 
 
+@pytest.mark.usefixtures("reports")
 def test_rounds_that_ask_nobody_are_released_and_charged(nodes: Nodes) -> None:
     rare = CENTRAL | {"strategy__fraction": 0.001, "run__rounds": 3}
     folder, _ = simulate(nodes, "rare", rare)

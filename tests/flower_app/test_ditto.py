@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from flower_app import run as server
 from flower_app.recorder import read_score
 from flower_app.report import write_report
 from models.section import ConfigError
@@ -20,12 +19,6 @@ from tests.flower_app.nodes import NAMES, Nodes
 from tests.flower_app.runs import bytes_below, rows, simulate
 
 PLAIN: dict[str, Any] = {"train__optimizer": "sgd", "train__max_grad_norm": 0.0}
-
-
-@pytest.fixture(autouse=True)
-def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plots take longer than these runs."""
-    monkeypatch.setattr(server, "write_report", lambda folder: folder)
 
 
 def personal(nodes: Nodes, node: int, round_: int) -> dict[str, Tensor]:

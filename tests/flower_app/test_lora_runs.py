@@ -24,12 +24,6 @@ from tests.flower_app.nodes import NAMES, Nodes
 from tests.flower_app.test_personal import Killed, bytes_below, killed_in, rows
 
 
-@pytest.fixture(autouse=True)
-def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plots take longer than these runs."""
-    monkeypatch.setattr(server, "write_report", lambda folder: folder)
-
-
 def simulate(
     nodes: Nodes, name: str, rule: str, kill_in: int = 0, **keys: Any
 ) -> tuple[Path, FakeGrid]:

@@ -12,7 +12,6 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from flower_app import run as server
 from models.section import ConfigError
 from strategies.flower import RoundError
 from tests.fakes import FakeGrid
@@ -20,12 +19,6 @@ from tests.flower_app.nodes import NAMES, Nodes
 from tests.flower_app.runs import Killed, bytes_below, deploy, killed_in, rows, simulate
 
 PERSONAL: dict[str, Any] = {"payload__personal": "lora_B", "run__rounds": 3}
-
-
-@pytest.fixture(autouse=True)
-def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plots take longer than these runs."""
-    monkeypatch.setattr(server, "write_report", lambda folder: folder)
 
 
 def test_personal_parts_never_travel(nodes: Nodes) -> None:

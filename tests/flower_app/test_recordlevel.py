@@ -107,6 +107,7 @@ def page(folder: Path) -> str:
     return " ".join((folder / "report.html").read_text().split())
 
 
+@pytest.mark.usefixtures("reports")
 def test_the_report_says_what_stayed_and_what_had_noise(nodes: Nodes) -> None:
     folder, _ = simulate(nodes, "withheld", FAST)
     summary = json.loads((folder / "summary.json").read_text())

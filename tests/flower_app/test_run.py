@@ -49,6 +49,7 @@ def latest(base: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in lines]
 
 
+@pytest.mark.usefixtures("reports")
 def test_a_run_without_quorum_still_has_a_report(
     tiny_models: Mapping[str, Path], tmp_path: Path
 ) -> None:
@@ -60,6 +61,7 @@ def test_a_run_without_quorum_still_has_a_report(
     assert not (tmp_path / "latest" / "adapter").exists()
 
 
+@pytest.mark.usefixtures("reports")
 def test_refused_sites_are_in_the_metrics_and_the_report(
     tiny_models: Mapping[str, Path], tmp_path: Path
 ) -> None:

@@ -5,55 +5,18 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
 
-from flower_app import runfolder
 from flower_app.config import Config, Value, defaults, parse
-from flower_app.runfolder import Checkpoint, CheckpointError, RunFolder, replacing
+from flower_app.runfolder import CheckpointError, RunFolder, replacing
 from models.section import ConfigError
-
-ROOT = Path(runfolder.__file__).resolve().parent.parent
-FACTS = {"layout": "l", "base": "b"}
-
-
-def config(base: Path, **changes: Value) -> Config:
-    flat = {name.replace("__", ".").replace("_", "-"): value for name, value in changes.items()}
-    return parse({**defaults(), "run.output-dir": str(base), **flat})
-
-
-def checkpoint(round_: int, size: int = 5) -> Checkpoint:
-    payload = {"model.a": torch.full((size, 2), float(round_)), "b": torch.tensor(0.5)}
-    state = {"adam/m": torch.arange(3.0) + round_, "adam/v": torch.zeros(0)}
-    return Checkpoint(round_, payload, state, FACTS)
-
-
-def same(one: Checkpoint | None, other: Checkpoint) -> bool:
-    return (
-        one is not None
-        and (one.round, one.facts) == (other.round, other.facts)
-        and one.payload.keys() == other.payload.keys()
-        and one.state.keys() == other.state.keys()
-        and all(torch.equal(one.payload[k], other.payload[k]) for k in one.payload)
-        and all(torch.equal(one.state[k], other.state[k]) for k in one.state)
-    )
-
-
-def resumed(base: Path, **changes: Value) -> tuple[RunFolder, Checkpoint | None]:
-    again = config(base, run__resume="latest", **changes)
-    folder, last = RunFolder.resume(again)
-    folder.rewind(again, last)
-    return folder, last
+from tests.flower_app.checkpoints import checkpoint, config, one_round, resumed, same
 
 
 def test_a_configuration_need_not_say_where_the_folder_is(
@@ -185,163 +148,8 @@ def test_a_run_of_a_version_without_a_key_can_be_resumed_with_its_default(tmp_pa
         resumed(tmp_path, train__prox_mu=0.5)
 
 
-STEPS = ["save_file", "replace", "fsync", "write_text"]
-
-
-@pytest.mark.parametrize("times", [1, 2, 3])
-@pytest.mark.parametrize("step", STEPS)
-@pytest.mark.parametrize("stopped", [True, False])
-def test_a_crash_between_any_two_steps_leaves_a_whole_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, times: int, stopped: bool
-) -> None:
-    """Raise in the `times`-th call of `step`; Ctrl-C is no Exception and passes the handler."""
-    folder = RunFolder.create(config(tmp_path))
-    folder.log({"round": 1})
-    folder.save(checkpoint(1))
-    folder.log({"round": 2})
-    calls = 0
-    error: BaseException = KeyboardInterrupt() if stopped else OSError(5, "Input/output error")
-
-    def failing(original: Any) -> Any:
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            if calls == times:
-                raise error
-            return original(*args, **kwargs)
-
-        return wrapper
-
-    with monkeypatch.context() as patch:
-        if step == "save_file":
-            patch.setattr(runfolder, "save_file", failing(save_file))
-        elif step == "write_text":
-            patch.setattr(Path, "write_text", failing(Path.write_text))
-        else:
-            patch.setattr(os, step, failing(getattr(os, step)))
-        expected = KeyboardInterrupt if stopped else CheckpointError
-        raised = None
-        try:
-            folder.save(checkpoint(2))
-        except (CheckpointError, KeyboardInterrupt) as caught:
-            raised = caught
-        assert isinstance(raised, expected) if calls >= times else raised is None
-    again, last = resumed(tmp_path)
-    assert last is not None
-    assert same(last, checkpoint(last.round))
-    assert last.round == 2 or calls >= times
-    assert [row["round"] for row in again.rows()] == list(range(1, last.round + 1))
-    again.log({"round": last.round + 1})
-    again.save(checkpoint(last.round + 1))
-    assert same(resumed(tmp_path)[1], checkpoint(last.round + 1))
-
-
-_FILL = """
-import resource, sys, torch
-from pathlib import Path
-from flower_app.runfolder import Checkpoint, CheckpointError, RunFolder
-folder = RunFolder(Path(sys.argv[1]))
-if sys.argv[2] == "limit":
-    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
-big = Checkpoint(2, {"model.a": torch.ones(60_000, 2)}, {}, {"layout": "l", "base": "b"})
-try:
-    folder.save(big)
-except CheckpointError as error:
-    print("REFUSED", error)
-try:
-    for _ in range(4000):
-        folder.log({"round": 2, "text": "x" * 100})
-except CheckpointError as error:
-    print("REFUSED", error)
-if len(sys.argv) > 3:
-    __import__("shutil").copytree(sys.argv[1], sys.argv[3])
-"""
-
-
-def _check_survived(output: subprocess.CompletedProcess[str], base: Path) -> None:
-    assert output.returncode == 0, output.stdout + output.stderr
-    refusals = [line for line in output.stdout.split("\n") if line.startswith("REFUSED")]
-    assert len(refusals) == 2, output.stdout + output.stderr
-    assert "checkpoint of round 2" in refusals[0] and "metrics.jsonl" in refusals[1]
-    for line in refusals:
-        assert "The rounds before it are safe: free some space and run again with " in line
-        assert "run.resume='latest'" in line
-    again, last = resumed(base)
-    assert same(last, checkpoint(1))
-    assert again.rows() == [{"round": 1}]
-    assert not list(again.path.rglob("*.part"))
-
-
-def _python(*arguments: str) -> list[str]:
-    return [sys.executable, "-c", _FILL, *arguments]
-
-
-@pytest.fixture
-def one_round(tmp_path: Path) -> RunFolder:
-    folder = RunFolder.create(config(tmp_path / "runs"))
-    folder.log({"round": 1})
-    folder.save(checkpoint(1))
-    return folder
-
-
-def test_a_file_that_may_not_grow_keeps_the_checkpoint_before(
-    one_round: RunFolder, tmp_path: Path
-) -> None:
-    output = subprocess.run(
-        _python(str(one_round.path), "limit"), cwd=ROOT, text=True, capture_output=True,
-        timeout=120, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    _check_survived(output, tmp_path / "runs")
-
-
-def test_a_full_disk_keeps_the_checkpoint_before(one_round: RunFolder, tmp_path: Path) -> None:
-    disk, kept = tmp_path / "disk", tmp_path / "kept"
-    disk.mkdir()
-    # A file system of 100 kB in a mount namespace of its own, gone with the process.
-    alone = ["unshare", "--map-root-user", "--mount"]
-    mount = f"mount -t tmpfs -o size=100k tmpfs '{disk}'"
-    if (
-        shutil.which("unshare") is None
-        or subprocess.run([*alone, "sh", "-c", mount], capture_output=True, check=False).returncode
-    ):
-        pytest.skip("this machine does not let a test mount a file system of its own")
-    script = f'{mount} && cp -r "$0" "{disk}/run" && exec "$@"'
-    output = subprocess.run(
-        [*alone, "sh", "-c", script, str(one_round.path), *_python(
-            str(disk / "run"), "disk", str(kept))],
-        cwd=ROOT, text=True, capture_output=True, timeout=120, check=False,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert "No space left" in output.stdout, output.stdout + output.stderr
-    shutil.rmtree(one_round.path)
-    shutil.copytree(kept, one_round.path)
-    _check_survived(output, tmp_path / "runs")
-
-
-@pytest.mark.parametrize("damage", ["cut", "gone", "pointer", "keys", "metrics", "no metrics"])
-def test_a_damaged_checkpoint_is_an_error_with_a_remedy(one_round: RunFolder, damage: str) -> None:
-    pointer = one_round.path / "checkpoint" / "checkpoint.json"
-    tensors = one_round.path / "checkpoint" / "round-00001.safetensors"
-    if damage == "cut":
-        tensors.write_bytes(tensors.read_bytes()[:-5])
-    elif damage == "gone":
-        tensors.unlink()
-    elif damage == "pointer":
-        pointer.write_text('{"round": 1,')
-    elif damage == "keys":
-        pointer.write_text("{}")
-    elif damage == "metrics":
-        one_round.metrics.write_text("")
-    else:
-        one_round.metrics.unlink()
-    with pytest.raises(
-        CheckpointError, match=r"Expected a whole checkpoint in .*leave run\.resume"
-    ):
-        resumed(one_round.path.parent)
-
-
-def test_nothing_of_a_checkpoint_is_a_pickle(one_round: RunFolder) -> None:
-    kinds = {path.suffix for path in one_round.path.rglob("*") if path.is_file()}
+def test_nothing_of_a_checkpoint_is_a_pickle(tmp_path: Path) -> None:
+    kinds = {path.suffix for path in one_round(tmp_path).path.rglob("*") if path.is_file()}
     assert kinds == {".json", ".jsonl", ".safetensors", ".toml"}
 
 

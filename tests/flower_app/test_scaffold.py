@@ -11,7 +11,6 @@ import torch
 from flwr.app import Message
 from safetensors.torch import load_file
 
-from flower_app import run as server
 from models.section import ConfigError
 from strategies.flower import RoundError
 from tests.fakes import Answer, FakeGrid
@@ -22,12 +21,6 @@ SCAFFOLD: dict[str, Any] = {
     "train__correction": "scaffold", "train__optimizer": "sgd", "strategy__weighting": "uniform",
     "train__learning_rate": 0.5, "run__rounds": 3,
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plots take longer than these runs."""
-    monkeypatch.setattr(server, "write_report", lambda folder: folder)
 
 
 def newest(folder: Path) -> dict[str, torch.Tensor]:

@@ -15,7 +15,6 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.common.serde import config_record_from_proto, config_record_to_proto
 from safetensors.torch import load_file
 
-from flower_app import run as server
 from models.section import ConfigError
 from strategies.flower import RoundError
 from strategies.messages import arrays_of
@@ -24,12 +23,6 @@ from tests.flower_app.nodes import NAMES, Nodes
 from tests.flower_app.runs import bytes_below, deploy, rows, run, simulate
 
 MASKS: dict[str, Any] = {"secure__aggregation": "masks"}
-
-
-@pytest.fixture(autouse=True)
-def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plots take longer than these runs."""
-    monkeypatch.setattr(server, "write_report", lambda folder: folder)
 
 
 def payload(folder: Path) -> dict[str, torch.Tensor]:
@@ -77,13 +70,31 @@ def test_the_server_sees_no_update_and_sites_keep_no_secret(nodes: Nodes) -> Non
             return found
 
     keys = MASKS | {"run__output_dir": str(nodes.folder / "runs")}
-    inner = nodes.grid(*map(nodes.simulated, range(3)), **keys)
-    folder = run(nodes, Grid(inner.sites), **keys)
+    inner = Grid(nodes.grid(*map(nodes.simulated, range(3)), **keys).sites)
+    folder = run(nodes, inner, **keys)
     replies = [reply for reply in seen if reply.metadata.message_type == "train"]
     assert len(replies) == 6
     assert all(set(arrays_of(reply.content)) == {"masked"} for reply in replies)
     kept = [file for file in (folder / "sites").rglob("*") if file.is_file()]
     assert kept == []
+    # What the run says that it sent and got is what all these messages held.
+    ours = [q for q in inner.questions if q.metadata.group_id != "roll-call"]
+    told = rows(folder, "round")
+    assert sum(row["bytes_down"] for row in told) == held(ours, "parcel")
+    assert sum(row["bytes_up"] for row in told) == held(seen, "answer")
+
+
+def held(messages: Iterable[Message], record: str) -> int:
+    """Bytes of a record, and of the arrays of training, in messages that do not evaluate."""
+    total = 0
+    for message in messages:
+        if message.metadata.message_type == "evaluate":
+            continue
+        parcel = dict(message.content.config_records.get(record, {}))
+        cells = [c for v in parcel.values() for c in (v if isinstance(v, list) else [v])]
+        total += sum(len(c) if isinstance(c, bytes | str) else 8 for c in cells)
+        total += sum(len(a.data) for a in arrays_of(message.content).values())
+    return total
 
 
 def test_the_same_seed_gives_the_same_bytes(nodes: Nodes) -> None:

@@ -7,8 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from flower_app.data import Simulation, SiteRows, label_names, load_site, simulated_sites
 from flower_app.data.config import DataConfig
+from flower_app.data.site import (
+    Simulation,
+    SiteRows,
+    label_names,
+    load_site,
+    simulated_sites,
+)
 from flower_app.data.source import DataError
 from models.text import Document, Labelled
 

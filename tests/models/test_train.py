@@ -1,10 +1,10 @@
-"""Local training does the arithmetic it promises; scores add up."""
+"""Local training does the arithmetic it promises."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,21 +12,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from models import attention
-from models.base import load
-from models.batches import Batch, Batches, eval_batches
-from models.config import ModelConfig, PayloadConfig, TrainConfig
-from models.evaluate import Score, evaluate, rank
-from models.payload import Payload, attach
+from models.batches import Batch, Batches
+from models.config import TrainConfig
+from models.evaluate import evaluate
+from models.payload import Payload
 from models.section import ConfigError
-from models.text import IGNORED, Causal, Classified, Example, Ranked
 from models.train import Correction, TrainingError, train
+from tests.models.unequal import PLAIN, UNEQUAL, batches_of, payload_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-PLAIN = TrainConfig(optimizer="sgd", max_grad_norm=0.0)
 
 
 class Bowls(nn.Module):
@@ -61,31 +57,6 @@ def toy_batch(*labels: float) -> Batch:
 
 def settings(**keys: Any) -> TrainConfig:
     return PLAIN.model_copy(update=keys)
-
-
-def example(length: int, counted: int, seed: int) -> Causal:
-    """Random ids of which the last `counted` are labels."""
-    ids = torch.randint(3, 270, (length,), generator=torch.Generator().manual_seed(seed))
-    labels = ids.clone()
-    labels[: length - counted] = IGNORED
-    return Causal(ids, labels)
-
-
-UNEQUAL = [example(20, 19, 0), example(18, 2, 1), example(9, 1, 2), example(7, 6, 3)]
-
-
-def payload_of(
-    folder: Path, kind: str = "full", *, task: str = "causal-lm", **keys: Any
-) -> Payload:
-    wanted = ModelConfig.model_validate({"name": str(folder), "task": task})
-    base = load(wanted, num_labels=3 if task == "classification" else 0)
-    config = PayloadConfig.model_validate({"kind": kind, "num_virtual_tokens": 3, **keys})
-    fresh = base.fresh_modules
-    return attach(base.model, config, task=task, fresh_modules=fresh, seed=1)
-
-
-def batches_of(size: int, examples: Sequence[Example] = UNEQUAL) -> Iterator[Batch]:
-    return eval_batches(examples, size, 0)
 
 
 def distance(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
@@ -327,100 +298,3 @@ def test_learning_rates_by_hand() -> None:
 def test_steps_or_epochs_but_not_both(steps: int, epochs: float) -> None:
     with pytest.raises(ConfigError, match=r"exactly one of train\.steps and train\.epochs"):
         TrainConfig(steps=steps, epochs=epochs).check()
-
-
-@torch.no_grad()
-def naive_loss(payload: Payload, rows: Sequence[Causal]) -> tuple[float, int]:
-    """Sum of the loss over labels, row by row without padding, and the number of labels."""
-    total, count = 0.0, 0
-    payload.module.eval()
-    for row in rows:
-        logits = payload.module(
-            input_ids=row.input_ids[None], attention_mask=torch.ones(1, len(row.input_ids))
-        ).logits[0, -len(row.input_ids) :]
-        for at in range(1, len(row.labels)):
-            if row.labels[at] != IGNORED:
-                total -= float(logits[at - 1].log_softmax(-1)[row.labels[at]])
-                count += 1
-    return total, count
-
-
-@pytest.mark.parametrize("kind", ["lora", "soft-prompt", "prefix", "adapter", "full"])
-def test_the_score_equals_a_naive_loop(tiny_models: Mapping[str, Path], kind: str) -> None:
-    payload = payload_of(tiny_models["llama"], kind)
-    payload.load({n: t + 0.05 for n, t in payload.select().items()})
-    total, count = naive_loss(payload, UNEQUAL)
-    score = evaluate(payload, batches_of(3), PLAIN)
-    assert (score.counted, score.rows, count) == (28, 4, 28)
-    assert score.loss_sum == pytest.approx(total, rel=1e-4)
-    assert score.loss == pytest.approx(total / count, rel=1e-4)
-    assert score.metric("perplexity") == pytest.approx(math.exp(total / count), rel=1e-3)
-
-
-def test_scores_of_splits_add_up(tiny_models: Mapping[str, Path]) -> None:
-    payload = payload_of(tiny_models["gpt2"], "lora")
-    whole = evaluate(payload, batches_of(4), PLAIN)
-    parts = [evaluate(payload, batches_of(2, rows), PLAIN) for rows in (UNEQUAL[:1], UNEQUAL[1:])]
-    total = sum(parts, Score())
-    assert (total.counted, total.correct, total.rows) == (whole.counted, whole.correct, whole.rows)
-    assert total.loss_sum == pytest.approx(whole.loss_sum, rel=1e-5)
-
-
-def test_an_empty_score_is_not_a_number() -> None:
-    empty = Score()
-    values = [empty.loss, empty.metric("perplexity"), empty.metric("accuracy")]
-    assert all(math.isnan(value) for value in values)
-    assert Score(800.0, 1, 0, 1).metric("perplexity") == math.exp(700)
-
-
-@pytest.mark.parametrize("model", ["llama", "bert"])
-def test_accuracy_of_classes_equals_a_naive_loop(
-    tiny_models: Mapping[str, Path], model: str
-) -> None:
-    payload = payload_of(tiny_models[model], "lora", task="classification", rank=8, alpha=16.0)
-    rows = [
-        Classified(example(length, 1, length).input_ids, None, length % 3)
-        for length in (4, 9, 5, 12, 7, 6, 11)
-    ]
-    right, total = 0, 0.0
-    payload.module.eval()
-    with torch.no_grad():
-        for row in rows:
-            logits = payload.module(input_ids=row.input_ids[None]).logits[0]
-            right += int(logits.argmax()) == row.label
-            total += float(functional.cross_entropy(logits, torch.tensor(row.label)))
-    score = evaluate(payload, batches_of(3, rows), PLAIN)
-    assert (score.correct, score.rows, score.counted) == (right, 7, 7)
-    assert score.loss_sum == pytest.approx(total, rel=1e-4)
-    assert score.metric("accuracy") == right / 7
-    wanted = TrainConfig(optimizer="adamw")
-    train(payload, iter(list(batches_of(7, rows)) * 60), wanted, steps=60, learning_rate=0.02)
-    learnt = evaluate(payload, batches_of(3, rows), wanted)
-    assert learnt.loss < 0.7 * score.loss
-    assert learnt.correct > score.correct
-
-
-@pytest.mark.parametrize("kind", ["lora", "soft-prompt", "prefix"])
-def test_choices_are_ranked_as_in_a_naive_loop(tiny_models: Mapping[str, Path], kind: str) -> None:
-    payload = payload_of(tiny_models["llama"], kind)
-    ranked, best = [], []
-    for row in range(12):
-        prompt = example(4 + row, 1, row).input_ids
-        candidates = []
-        for answer in range(3):
-            # Mostly of one length, or the shortest answer would always come first.
-            length = 2 + row % 2 if row % 3 else 1 + (answer + row) % 3
-            ids = torch.cat([prompt, example(length, 1, 50 * row + answer).input_ids])
-            labels = ids.clone()
-            labels[: len(prompt)] = IGNORED
-            candidates.append(Causal(ids, labels))
-        losses = [naive_loss(payload, [candidate])[0] for candidate in candidates]
-        best.append(min(range(3), key=losses.__getitem__))
-        ranked.append(Ranked(tuple(candidates), row % 3))
-    expected = sum(best[row] == row % 3 for row in range(12))
-    assert rank(payload, ranked, PLAIN, 4, 0) == expected
-    right = [Ranked(row.candidates, at) for row, at in zip(ranked, best, strict=True)]
-    assert rank(payload, right, PLAIN, 5, 0) == 12
-    wrong = [Ranked(row.candidates, (at + 1) % 3) for row, at in zip(ranked, best, strict=True)]
-    assert rank(payload, wrong, PLAIN, 5, 0) == 0
-    assert rank(payload, [], PLAIN, 5, 0) == 0
