@@ -134,7 +134,7 @@ def optimise(
     if correction is None:
         correction = Correction(config.prox_mu, payload.shared if config.prox_mu else {})
     correction = correction.on(where)
-    optimizer = _optimizer(config, list(payload.parameters.values()), learning_rate)
+    optimizer = optimizer_of(config, list(payload.parameters.values()), learning_rate)
     loss_sum = torch.zeros((), device=where)
     tokens = useful = 0
     started = shown = time.perf_counter()
@@ -153,9 +153,10 @@ def optimise(
     return Trained(mean, steps, tokens, useful, time.perf_counter() - started)
 
 
-def _optimizer(
+def optimizer_of(
     config: TrainConfig, parameters: list[torch.nn.Parameter], learning_rate: float
 ) -> torch.optim.Optimizer:
+    """A new optimiser as configured, for these parameters."""
     kinds: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
         "adamw": torch.optim.AdamW,
         "sgd": torch.optim.SGD,

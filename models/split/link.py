@@ -1,7 +1,6 @@
-"""The two ends of a stream of frames: the site's link to the middle, and the middle behind it.
+"""The site's end of a stream of frames: its link to the middle, whatever the transport.
 
-Neither end knows the transport. A stream that breaks fails what is under way at the site, and frees
-its graphs at the server; other sites are not touched.
+A stream that breaks fails what is under way, with the reason.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from models.split.messages import Kind, Message
-from models.split.step import MiddleWorker, SplitError
+from models.split.step import SplitError
 
 Frames = Iterator[bytes]
 
@@ -119,9 +118,9 @@ class FrameLink:
             future.set_exception(reason)
 
     def close(self) -> None:
-        """End the stream; what is still under way fails."""
+        """End the stream, without waiting for answers that are still to come."""
         self._outgoing.put(None)
-        self._reader.join(timeout=10)
+        self._reader.join(timeout=0 if self._waiting else 10)
 
     def __enter__(self) -> FrameLink:
         """Nothing to do."""
@@ -130,44 +129,3 @@ class FrameLink:
     def __exit__(self, *_: object) -> None:
         """Close."""
         self.close()
-
-
-class MiddleService:
-    """The server's end: hands what sites ask to the middle, one question at a time.
-
-    `step` is called when a site has sent all micro-batches of an optimiser step.
-    """
-
-    def __init__(self, worker: MiddleWorker, step: Callable[[str], None], limits: Limits) -> None:
-        self._worker = worker
-        self._step = step
-        self._limits = limits
-        self._lock = Lock()
-
-    def serve(self, site: str, frames: Frames) -> Frames:
-        """Answer a site's frames until they end; raises WireError and SplitError for bad ones."""
-        try:
-            for frame in frames:
-                question = self._limits.decode(frame)
-                with self._lock:
-                    answer = self._answered(site, question)
-                yield answer.encode(self._limits.precision)
-        finally:
-            with self._lock:
-                self._worker.forget(site)
-
-    def _answered(self, site: str, question: Message) -> Message:
-        key, values = question.key, question.values
-        if question.kind is Kind.STEP:
-            self._step(site)
-            return Message(Kind.STEPPED, key)
-        assert values is not None  # decoded so
-        if question.kind is Kind.SCORE:
-            assert question.mask is not None
-            return Message(Kind.SCORED, key, self._worker.score(values, question.mask))
-        if question.kind is Kind.FORWARD:
-            assert question.mask is not None
-            return Message(Kind.HIDDEN, key, self._worker.forward(site, key, values, question.mask))
-        if question.kind is Kind.BACKWARD:
-            return Message(Kind.GRADIENT, key, self._worker.backward(site, key, values))
-        raise SplitError(f"Expected a question of {site!r}, got {question.kind.name}.")

@@ -1,4 +1,4 @@
-"""A training step across the cut: what the site does, what the server does, in whatever transport.
+"""A training step across the cut, at the site and in whatever transport.
 
 Hidden states go from head to middle to tail, gradients back the same way (FL-GLM, Zheng et al.
 2024, section 3.2). Several micro-batches may be under way at once, so that neither side waits for
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from models.batches import Batch
-from models.split.cut import Head, Middle, Tail
+from models.split.cut import Head, Tail
 from models.train import Step, autocast, on
 
 
@@ -32,77 +32,6 @@ class Link(Protocol):
 
     def backward(self, key: int, gradient: Tensor) -> Future[Tensor]:
         """The gradient before the middle, of that behind it, for the forward pass `key`."""
-
-
-class MiddleWorker:
-    """The middle's side: one graph is kept for each micro-batch between its two passes.
-
-    At most `most` graphs are kept at a time, since a site that never sends its gradients would
-    otherwise fill the memory. `scorer` is the middle as it was when the round began, `middle`
-    itself where none is given.
-    """
-
-    def __init__(
-        self,
-        middle: Middle,
-        *,
-        most: int,
-        precision: str = "float32",
-        scorer: Middle | None = None,
-    ) -> None:
-        self._middle = middle
-        self._scorer = scorer or middle
-        self._device = next(middle.parameters()).device
-        self._most = most
-        self._precision = precision
-        self._kept: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
-
-    def __len__(self) -> int:
-        """Number of graphs kept."""
-        return len(self._kept)
-
-    def forward(self, site: str, key: int, hidden: Tensor, mask: Tensor) -> Tensor:
-        """Hidden states behind the middle; raises SplitError for a key twice, and too many."""
-        if (site, key) in self._kept:
-            raise SplitError(f"Expected each micro-batch once, got {key} of {site!r} twice.")
-        if len(self._kept) >= self._most:
-            raise SplitError(
-                f"Expected at most {self._most} micro-batches under way, got one more by {site!r}; "
-                "lower split.in-flight."
-            )
-        before = hidden.detach().to(self._device).requires_grad_()
-        with torch.enable_grad(), autocast(self._precision, self._device):
-            behind: Tensor = self._middle(before, mask.to(self._device))
-        self._kept[site, key] = (before, behind)
-        return behind.detach()
-
-    @torch.no_grad()
-    def score(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        """Hidden states behind the middle, for held-out rows: nothing is kept."""
-        with autocast(self._precision, self._device):
-            behind: Tensor = self._scorer(hidden.to(self._device), mask.to(self._device))
-        return behind
-
-    def backward(self, site: str, key: int, gradient: Tensor) -> Tensor:
-        """The gradient before the middle; its parameters' own are added up.
-
-        Raises SplitError for a micro-batch that is not under way, or a gradient that does not fit.
-        """
-        if (site, key) not in self._kept:
-            raise SplitError(f"Expected a micro-batch under way, got {key} of {site!r}.")
-        before, behind = self._kept.pop((site, key))
-        if gradient.shape != behind.shape:
-            raise SplitError(
-                f"Expected a gradient of shape {tuple(behind.shape)} from {site!r}, got "
-                f"{tuple(gradient.shape)}."
-            )
-        torch.autograd.backward(behind, gradient.to(behind))
-        assert before.grad is not None
-        return before.grad
-
-    def forget(self, site: str) -> None:
-        """Free the graphs of a site that is gone."""
-        self._kept = {place: graph for place, graph in self._kept.items() if place[0] != site}
 
 
 class SiteStep:
@@ -131,7 +60,8 @@ class SiteStep:
         self._in_flight = in_flight
         self._precision = precision
         self._keys = 0
-        self._device = next(head.parameters()).device
+        first = next(tail.parameters())
+        self._device, self._dtype = first.device, first.dtype
 
     def __call__(self) -> Step:
         """One step's worth of micro-batches."""
@@ -190,7 +120,7 @@ class SiteStep:
     def _tail_pass(self, batch: Batch, behind: Tensor, share: float) -> tuple[Tensor, Tensor]:
         """Loss times its share of the step, and the gradient behind the middle."""
         given = on(batch.inputs, self._device)
-        behind = behind.detach().requires_grad_()
+        behind = behind.detach().to(self._device, self._dtype).requires_grad_()
         with autocast(self._precision, self._device):
             output = self._tail.output(behind, given["attention_mask"], labels=given["labels"])
         loss = output.loss * share

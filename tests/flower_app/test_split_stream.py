@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from threading import Thread
 
 import pytest
 import torch
-from torch import nn
 
 from flower_app.stream import StreamError, StreamServer, exchange
-from models.config import TrainConfig
 from models.payload import Payload
 from models.split import cut
-from models.split.link import FrameLink, Limits, MiddleService
+from models.split.link import FrameLink
 from models.split.messages import Kind, Message
-from models.split.step import MiddleWorker, SiteStep
-from models.train import Step, optimise, train
-from privacy.tls import Identity
+from models.split.schedule import Round, client_batch, sequential
+from models.train import train
+from privacy.tls import HOST, Identity
 from tests.models.split.families import tiny
+from tests.models.split.sites import LIMITS, PLAIN, in_threads, settings, train_over
 from tests.models.split.test_step import NO_DROPOUT, batches
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-LIMITS = Limits(27, 32, "fp32")
-PLAIN = TrainConfig(optimizer="sgd", max_grad_norm=0.0, grad_accumulation=4, precision="float32")
 MOST = 100_000
 
 
@@ -35,58 +37,98 @@ def link_to(server: StreamServer, own: Identity, certificate: bytes) -> FrameLin
     return FrameLink(ask, LIMITS)
 
 
-def test_a_site_trains_over_the_stream_while_another_dies() -> None:
+def served(round_: Round, sites: dict[str, Identity], own: Identity) -> StreamServer:
+    certificates = {name: identity.certificate for name, identity in sites.items()}
+    return StreamServer(own, certificates, round_.serve, max_bytes=MOST)
+
+
+def identities(*names: str) -> tuple[Identity, dict[str, Identity]]:
+    return Identity.fresh(), {name: Identity.fresh() for name in names}
+
+
+@pytest.mark.parametrize("schedule", [sequential, client_batch])
+def test_a_site_trains_over_the_stream_while_another_dies(schedule: Callable[..., Round]) -> None:
     whole = tiny("llama", tie_word_embeddings=False, **NO_DROPOUT)
     parts = cut(copy.deepcopy(whole))
     central = train(
-        Payload("full", whole), batches("llama"), PLAIN, steps=5, learning_rate=0.05, seed=1
+        Payload("full", whole), batches("llama"), PLAIN, steps=20, learning_rate=0.05, seed=1
     )
-    middle = torch.optim.SGD(parts.middle.parameters(), lr=0.05)
-
-    def stepped(site: str) -> None:
-        middle.step()
-        middle.zero_grad()
-
-    worker = MiddleWorker(parts.middle, most=8)
-    service = MiddleService(worker, stepped, LIMITS)
-    own, keys = Identity.fresh(), {name: Identity.fresh() for name in ("north", "south")}
-    certificates = {name: identity.certificate for name, identity in keys.items()}
-    site = Payload("full", nn.ModuleDict({"head": parts.head, "tail": parts.tail}))
+    round_ = schedule([parts.middle], ["north", "south"], settings())
+    own, keys = identities("north", "south")
     hidden, mask = torch.zeros(1, 3, 32), torch.ones(1, 3, dtype=torch.int64)
 
-    with StreamServer(own, certificates, service.serve, max_bytes=MOST) as server:
+    def dies(step: int) -> None:
+        if step == 2:
+            south.close()
+
+    with served(round_, keys, own) as server:
         south = link_to(server, keys["south"], own.certificate)
-        south.forward(1, hidden, mask).result(timeout=20)
-        assert len(worker) == 1  # a graph that nobody will ask for again
+        waiting = south.forward(1, hidden, mask)  # nobody will ask for its gradients
+        if schedule is client_batch:
+            south.close()
         with link_to(server, keys["north"], own.certificate) as north:
-            step = SiteStep(
-                parts.head, parts.tail, north, batches("llama"), accumulation=4, in_flight=3
-            )
-            number = 0
-
-            def gradient() -> Step:
-                nonlocal number
-                number += 1
-                found = step()
-                north.step(number).result(timeout=20)
-                if number == 2:
-                    south.close()
-                return found
-
-            split = optimise(site, gradient, PLAIN, steps=5, learning_rate=0.05, seed=1)
+            split = train_over(north, parts, batches("llama"), steps=20, in_flight=2, after=dies)
+        waiting.exception(timeout=20)
+        left = time.monotonic() + 10
+        while "south" not in round_.dropped and time.monotonic() < left:
+            time.sleep(0.005)
     assert split.loss == pytest.approx(central.loss, abs=1e-5)
-    assert len(worker) == 0
+    assert round_.steps == 20 and "south" in round_.dropped
+
+
+SITE_THAT_DIES = """
+import sys, time
+import grpc
+
+address, host, path, *files = sys.argv[1:]
+frame, key, own, server = (open(name, "rb").read() for name in files)
+credentials = grpc.ssl_channel_credentials(server, key, own)
+channel = grpc.secure_channel(address, credentials, [("grpc.ssl_target_name_override", host)])
+
+def frames():
+    yield frame
+    time.sleep(600)
+
+for answer in channel.stream_stream(path)(frames()):
+    print("answered", flush=True)
+"""
+
+
+def test_a_site_killed_in_mid_step_stalls_no_one_and_leaves_no_graph(tmp_path: Path) -> None:
+    parts = cut(tiny("llama", tie_word_embeddings=False))
+    round_ = client_batch([parts.middle], ["north", "south"], settings())
+    worker = round_._trainer.worker  # type: ignore[attr-defined]
+    own, keys = identities("north", "south")
+    frame = Message(Kind.FORWARD, 1, torch.zeros(1, 3, 32), torch.ones(1, 3)).encode("fp32")
+    south = keys["south"]
+    files = {"frame": frame, "key": south.key, "own": south.certificate, "its": own.certificate}
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    with served(round_, keys, own) as server:
+        where = [f"127.0.0.1:{server.port}", HOST, "/florilegium.Split/Frames"]
+        site = subprocess.Popen(
+            [sys.executable, "-c", SITE_THAT_DIES, *where, *(tmp_path / name for name in files)],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert site.stdout is not None
+        with link_to(server, keys["north"], own.certificate) as north:
+            (trained,) = in_threads([lambda: train_over(north, parts, batches("llama"), steps=3)])
+            assert site.stdout.readline() == "answered\n"
+            assert len(worker) >= 1 and not trained.done()
+            site.kill()
+            site.wait(20)
+            assert trained.result(timeout=20).steps == 3
+        site.stdout.close()
+    assert round_.dropped.keys() == {"south"} and len(worker) == 0
 
 
 def test_a_question_that_lies_ends_its_own_stream() -> None:
-    service = MiddleService(
-        MiddleWorker(cut(tiny("llama")).middle, most=2), lambda site: None, LIMITS
-    )
-    own, keys = Identity.fresh(), {name: Identity.fresh() for name in ("north", "south")}
-    certificates = {name: identity.certificate for name, identity in keys.items()}
+    round_ = client_batch([cut(tiny("llama")).middle], ["north", "south"], settings(wait_s=0.05))
+    own, keys = identities("north", "south")
     hidden, mask = torch.zeros(1, 3, 32), torch.ones(1, 3, dtype=torch.int64)
     with (
-        StreamServer(own, certificates, service.serve, max_bytes=MOST) as server,
+        served(round_, keys, own) as server,
         link_to(server, keys["south"], own.certificate) as south,
     ):
         south.forward(1, hidden, mask).result(timeout=20)
@@ -98,6 +140,23 @@ def test_a_question_that_lies_ends_its_own_stream() -> None:
         with pytest.raises(StreamError, match="ABORTED"):
             next(answers)
         south.backward(1, hidden).result(timeout=20)
+    assert "Expected 384 bytes of fp32" in round_.dropped["north"]
+
+
+def test_a_site_that_stalls_is_told_at_once() -> None:
+    round_ = client_batch([cut(tiny("llama")).middle], ["north"], settings(stall_s=0.2))
+    own, keys = identities("north")
+    hidden, mask = torch.zeros(1, 3, 32), torch.ones(1, 3, dtype=torch.int64)
+    with (
+        served(round_, keys, own) as server,
+        link_to(server, keys["north"], own.certificate) as north,
+    ):
+        north.forward(1, hidden, mask).result(timeout=20)
+        north._reader.join(timeout=20)  # the stream ends without another question
+        assert not north._reader.is_alive()
+        with pytest.raises(StreamError, match="ABORTED"):
+            north.forward(2, hidden, mask).result(timeout=20)
+    assert round_.dropped == {"north": "it said nothing for 0.2 s"}
 
 
 def test_the_server_stops_while_a_site_waits() -> None:

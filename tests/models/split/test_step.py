@@ -16,7 +16,8 @@ from models.batches import Batch
 from models.config import TrainConfig
 from models.payload import Payload
 from models.split import Parts, cut
-from models.split.step import MiddleWorker, SiteStep, SplitError
+from models.split.middle import MiddleWorker
+from models.split.step import SiteStep, SplitError
 from models.train import optimise, train
 from tests.models.split.families import batch as drawn
 from tests.models.split.families import tiny
@@ -147,12 +148,14 @@ def test_the_middle_keeps_to_its_limits() -> None:
     with pytest.raises(SplitError, match="got 1 of 'ann' twice"):
         worker.forward("ann", 1, hidden, mask)
     worker.forward("bob", 1, hidden, mask)
+    worker.forward("ann", 2, hidden, mask)
     with pytest.raises(SplitError, match=r"at most 2 .*got one more by 'ann'; lower split.in-"):
-        worker.forward("ann", 2, hidden, mask)
+        worker.forward("ann", 3, hidden, mask)
     with pytest.raises(SplitError, match="under way, got 7 of 'ann'"):
         worker.backward("ann", 7, hidden)
     worker.forget("bob")
-    assert len(worker) == 1
+    assert len(worker) == 2
     with pytest.raises(SplitError, match=r"shape \(1, 3, 32\) from 'ann', got \(1, 3, 31\)"):
         worker.backward("ann", 1, torch.zeros(1, 3, 31))
+    worker.forget("ann")
     assert len(worker) == 0

@@ -1,0 +1,196 @@
+"""Sites at the same time: what they sent is joined (FL-GLM, Zheng et al. 2024: client-batch)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from threading import Lock
+
+from torch import Tensor
+
+from models.split.cut import Middle
+from models.split.middle import Backward, Forward
+from models.split.rounds import Settings, Streams
+
+
+@dataclass(frozen=True)
+class _Wave:
+    """What is computed next: passes of these, or an optimiser step of all `stepping` sites."""
+
+    forwards: Sequence[Forward] = ()
+    backwards: Sequence[Backward] = ()
+    stepping: Sequence[str] = ()
+
+
+@dataclass
+class _Waiting:
+    """A site's pass or step (None), and what came of it."""
+
+    asked: Forward | Backward | None
+    answer: Tensor | Exception | None = field(default=None)
+    done: bool = False
+
+
+class Joined(Streams):
+    """All sites train at once, on one middle and one optimiser.
+
+    Passes wait until every site that takes part has asked for one, at most `wait_s`, and are joined
+    in the order of the sites' names. A step is taken when all have asked for it, on the mean of
+    their gradients, each site's loss counting the same. With every site in time, the result does
+    not depend on who came first.
+    """
+
+    def __init__(
+        self,
+        middle: Middle,
+        sites: Sequence[str],
+        settings: Settings,
+        drawing: Lock | None = None,
+    ) -> None:
+        super().__init__(middle, sites, settings, drawing)
+        self._asking: dict[str, _Waiting] = {}
+        self._resting: set[str] = set()  # connected, and between steps until it asks again
+        self._begun: set[str] = set()  # has asked for a pass in this round
+        self._taught: set[str] = set()  # sent gradients for the next step
+        self._computing = False
+        self._came: float | None = None  # when the first site did
+        self._since = 0.0  # since when the next wave is waited for
+
+    def _rests(self, site: str) -> None:
+        with self._changed:
+            if site in self._begun:
+                self._resting.add(site)
+                self._changed.notify_all()
+
+    def _trains(self, site: str, asked: Forward | Backward | None) -> Tensor | None:
+        mine = self._ask(site, asked)
+        try:
+            while (wave := self._next_wave(site, mine)) is not None:
+                self._answer(self._computed(wave))
+        finally:
+            with self._changed:
+                self._asking.pop(site, None)
+        if isinstance(mine.answer, Exception):
+            raise mine.answer
+        return mine.answer
+
+    def _ask(self, site: str, asked: Forward | Backward | None) -> _Waiting:
+        with self._changed:
+            now = time.monotonic()
+            self._came = self._came or now
+            if not self._asking:
+                self._since = now
+            self._begun.add(site)
+            self._resting.discard(site)
+            mine = self._asking[site] = _Waiting(asked)
+            self._changed.notify_all()
+            return mine
+
+    def _next_wave(self, site: str, mine: _Waiting) -> _Wave | None:
+        """Wait until there is something for this thread to compute, or its site has its answer."""
+        with self._changed:
+            while not mine.done:
+                self._go_on(site)
+                if not self._computing and (wave := self._wave()):
+                    self._computing = True
+                    return wave
+                self._changed.wait(self._patience())
+            return None
+
+    def _computed(self, wave: _Wave) -> dict[str, Tensor | Exception | None]:
+        """What came of it for every site."""
+        found: dict[str, Tensor | Exception | None] = {}
+        with self._trainer.alone() as worker:
+            for group in self._groups(wave.forwards):
+                found |= _tried(partial(worker.forward_all, group), group)
+            if wave.backwards:
+                found |= _tried(partial(worker.backward_all, wave.backwards), wave.backwards)
+        self._taught.update(one.site for one in wave.backwards)
+        if wave.stepping:
+            self._trainer.step(len(self._taught))
+            self._taught.clear()
+            found |= dict.fromkeys(wave.stepping)
+        return found
+
+    def _groups(self, asked: Sequence[Forward]) -> Iterator[list[Forward]]:
+        """In their order, as many at a time as fit into `join_tokens` when padded."""
+        group: list[Forward] = []
+        for one in asked:
+            length = max(each.mask.shape[1] for each in [*group, one])
+            rows = sum(len(each.mask) for each in [*group, one])
+            if group and rows * length > self._settings.join_tokens:
+                yield group
+                group = []
+            group.append(one)
+        if group:
+            yield group
+
+    def _answer(self, found: Mapping[str, Tensor | Exception | None]) -> None:
+        with self._changed:
+            for site, answer in found.items():
+                waiting = self._asking.pop(site, None)
+                if waiting is not None:
+                    waiting.answer, waiting.done = answer, True
+            self._computing = False
+            self._since = time.monotonic()
+            self._changed.notify_all()
+
+    def _missing(self) -> list[str]:
+        """Sites that take part and have not asked yet."""
+        came = self._came if self._came is not None else time.monotonic()
+        late = time.monotonic() - came >= self._settings.wait_s
+        return [
+            site
+            for site in self._sites
+            if site not in self._gone | self._resting | self._asking.keys()
+            and (site in self._open or not late)
+        ]
+
+    def _waits(self, missing: Sequence[str]) -> bool:
+        """Whether passes wait for those: always for one that has yet to begin."""
+        late = time.monotonic() - self._since >= self._settings.wait_s
+        return bool(missing) and (not late or any(site not in self._begun for site in missing))
+
+    def _patience(self) -> float:
+        """Seconds until waiting may be over; leaves out who stalls."""
+        missing = self._missing()
+        left = self._drop_stalled(missing)
+        now = time.monotonic()
+        for since in (self._since, self._came or now):
+            if (until := since + self._settings.wait_s - now) > 0:
+                left = min(left, until)
+        if any(site in self._gone for site in missing):
+            self._changed.notify_all()
+            return 0.0
+        return left
+
+    def _wave(self) -> _Wave | None:
+        """What can be computed now."""
+        missing = self._missing()
+        if self._waits(missing):
+            return None
+        asked = {site: self._asking[site].asked for site in sorted(self._asking)}
+        forwards = [one for one in asked.values() if isinstance(one, Forward)]
+        backwards = [one for one in asked.values() if isinstance(one, Backward)]
+        places = {one.place for one in backwards}
+        whole = [
+            one for one in backwards if places.issuperset(self._trainer.worker.partners(one.place))
+        ]
+        if forwards or whole:
+            return _Wave(forwards, whole)
+        if backwards:  # of some joined micro-batches only: the others are late, or come in turn
+            return _Wave(backwards=backwards)
+        return _Wave(stepping=tuple(asked)) if asked and not missing else None
+
+
+def _tried(
+    work: Callable[[], Sequence[Tensor]], asked: Sequence[Forward | Backward]
+) -> dict[str, Tensor | Exception | None]:
+    """Answers by site; where the middle fails, all who are in it get the reason."""
+    sites = [one.site for one in asked]
+    try:
+        return dict(zip(sites, work(), strict=True))
+    except Exception as error:  # raised again in the thread of each of them
+        return dict.fromkeys(sites, error)
