@@ -15,6 +15,7 @@ from threading import Lock, Thread
 import torch
 from torch import Tensor
 
+from models.seeds import derive
 from models.split.messages import Kind, Message
 from models.split.step import SplitError
 
@@ -38,11 +39,15 @@ class FrameLink:
     """The site's end: a `Link` over frames; use as a context manager.
 
     `exchange` sends the frames it is given, as they come, and yields those that come back. Every
-    question is answered in its turn; when the stream ends, all that wait get the reason.
+    question is answered in its turn; when the stream ends, all that wait get the reason. Gradients
+    are rounded by draws from `seed`, where they travel as whole numbers.
     """
 
-    def __init__(self, exchange: Callable[[Frames], Frames], limits: Limits) -> None:
+    def __init__(
+        self, exchange: Callable[[Frames], Frames], limits: Limits, *, seed: int = 0
+    ) -> None:
         self._limits = limits
+        self._generator = torch.Generator().manual_seed(derive(seed, "rounding"))
         self._outgoing: SimpleQueue[bytes | None] = SimpleQueue()
         self._waiting: deque[tuple[Kind, int, Future[Tensor]]] = deque()
         self._lock = Lock()
@@ -76,7 +81,7 @@ class FrameLink:
         return self._ask(Message(Kind.GENERATE, position, hidden), Kind.GENERATED)
 
     def _ask(self, question: Message, answer: Kind) -> Future[Tensor]:
-        frame = question.encode(self._limits.precision)
+        frame = question.encode(self._limits.precision, self._generator)
         future: Future[Tensor] = Future()
         with self._lock:
             if self._ended is not None:

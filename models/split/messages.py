@@ -33,6 +33,7 @@ class Kind(IntEnum):
 
 
 _MASKED = (Kind.FORWARD, Kind.SCORE)
+_GRADIENTS = (Kind.BACKWARD, Kind.GRADIENT)
 _BARE = (Kind.STEP, Kind.STEPPED, Kind.OPEN, Kind.OPENED)
 
 
@@ -48,14 +49,18 @@ class Message:
     values: Tensor | None = None
     mask: Tensor | None = None
 
-    def encode(self, precision: str) -> bytes:
-        """As bytes, with the values in one of `wire.KINDS`."""
+    def encode(self, precision: str, generator: torch.Generator | None = None) -> bytes:
+        """As bytes, with the values in one of `wire.KINDS`; gradients rounded without bias.
+
+        That is for whole numbers, and where a `generator` is given.
+        """
         rows, columns = self.mask.shape if self.mask is not None else (0, 0)
         parts = [_HEAD.pack(self.kind, self.key, rows, columns)]
         if self.mask is not None:
             parts.append(_packed(self.mask))
         if self.values is not None:
-            parts.append(wire.pack(self.values.cpu(), precision))
+            drawn = generator if self.kind in _GRADIENTS else None
+            parts.append(wire.pack(self.values.cpu(), precision, drawn))
         return b"".join(parts)
 
     @classmethod

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from models.config import TrainConfig
+from models.seeds import derive
 from models.split.adapter import factors, train_only
 from models.split.cut import Middle, twin
 from models.split.link import Frames, Limits
@@ -202,10 +203,13 @@ class Streams(ABC):
         """Answer a site's frames until they end; raises SplitError, WireError for bad ones."""
         inbox = self._enter(site, frames)
         why = "its stream broke"
+        precision = self._settings.limits.precision
+        seed = derive(self._settings.seed, "rounding", site)
+        generator = torch.Generator().manual_seed(seed)
         try:
             while (frame := self._next(site, inbox)) is not None:
                 answer = self._answered(site, self._settings.limits.decode(frame))
-                data = answer.encode(self._settings.limits.precision)
+                data = answer.encode(precision, generator)
                 self._expects(site)
                 yield data
             why = "it ended its stream in mid-step" if site in self._stepping else ""

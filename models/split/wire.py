@@ -13,6 +13,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from models.split.rounding import rounded
 from models.wire import RawArray, WireError, decode, encode
 
 # Magic and version, kind, reserved, then batch, tokens and hidden size.
@@ -23,11 +24,11 @@ _BITS: Mapping[str, int] = MappingProxyType({"int8": 8, "int4": 4})
 KINDS = (*_FLOATS, *_BITS)
 
 
-def pack(hidden: Tensor, kind: str) -> bytes:
+def pack(hidden: Tensor, kind: str, generator: torch.Generator | None = None) -> bytes:
     """A frame of hidden states (batch, tokens, hidden); raises WireError for one that cannot be.
 
     `int8` and `int4` round each token's values to the nearest of 255 or 15 levels, up to the
-    largest of them (symmetric, per token).
+    largest of them (symmetric, per token), or without bias where a `generator` is given.
     """
     if hidden.dim() != 3 or kind not in KINDS:
         raise WireError(
@@ -37,7 +38,7 @@ def pack(hidden: Tensor, kind: str) -> bytes:
     header = _HEADER.pack(_MAGIC, KINDS.index(kind), 0, *hidden.shape)
     if kind in _FLOATS:
         return header + encode(hidden.to(getattr(torch, _FLOATS[kind]))).data
-    levels, scales = _rounded(hidden.detach().float(), _BITS[kind])
+    levels, scales = rounded(hidden.detach().float(), _BITS[kind], generator)
     return header + encode(scales).data + _octets(levels, _BITS[kind])
 
 
@@ -77,25 +78,6 @@ def token_bytes(kind: str, hidden: int) -> int:
     if kind in _FLOATS:
         return hidden * (4 if kind == "fp32" else 2)
     return 2 + -(-hidden * _BITS[kind] // 8)
-
-
-def _rounded(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Whole numbers (int8) and the scale of each token (float16) that they are multiples of."""
-    top = 2 ** (bits - 1) - 1
-    largest = values.abs().amax(-1, keepdim=True)
-    if not bool(largest.isfinite().all()):
-        raise WireError("Expected finite hidden states to send, got NaN or Inf.")
-    # As float16, and never below what the largest value needs; tiny tokens become zero.
-    scales = (largest / top).to(torch.float16)
-    scales = torch.where(
-        scales.float() * top < largest,
-        torch.nextafter(scales, scales.new_tensor(torch.inf)),
-        scales,
-    )
-    if not bool(scales.isfinite().all()):
-        raise WireError("Expected hidden states within the range of float16, got larger ones.")
-    steps = values / scales.float().clamp(min=torch.finfo(torch.float16).smallest_normal / 1024)
-    return steps.round().clamp(-top, top).to(torch.int8), scales
 
 
 def _octets(levels: Tensor, bits: int) -> bytes:
