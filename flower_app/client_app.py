@@ -16,7 +16,7 @@ from flwr.clientapp import ClientApp
 from flwr.common.logger import log
 from torch import Tensor
 
-from flower_app import baselines, compose, secure
+from flower_app import baselines, compose, secure, splitsite
 from flower_app.account import SiteAccount
 from flower_app.conditions import check_node
 from flower_app.config import Config, parse
@@ -34,6 +34,7 @@ from models.layout import LayoutError
 from models.paths import located
 from models.payload import Payload
 from models.section import ConfigError
+from models.split.step import SplitError
 from models.text import EncodingError
 from models.train import TrainingError
 from models.wire import WireError
@@ -47,14 +48,15 @@ _WORKER = Worker()
 
 # Faults that a person can mend: they travel as a reason, so that it reads the same everywhere.
 _EXPLAINED = (
-    BatchError, ConfigError, DataError, EncodingError, LayoutError, SecureError, TrainingError,
-    WireError, OSError, torch.OutOfMemoryError,
+    BatchError, ConfigError, DataError, EncodingError, LayoutError, SecureError, SplitError,
+    TrainingError, WireError, OSError, torch.OutOfMemoryError,
 )  # fmt: skip
 
 # What looks like an absolute path, such as the cache from which a model is read.
 _PATH = re.compile(r"(?<![\w.])~?/[\w.~-]+(?:/[\w.~-]+)+")
 
-Handler = Callable[[Message, Config, NodeConfig], RecordDict]
+# Message, run config, node config, and what Flower keeps for this node until the run ends.
+Handler = Callable[[Message, Config, NodeConfig, RecordDict], RecordDict]
 
 
 def answering(name: str) -> Callable[[Handler], Callable[[Message, Context], Message]]:
@@ -67,7 +69,7 @@ def answering(name: str) -> Callable[[Handler], Callable[[Message, Context], Mes
             try:
                 config, node = parse(context.run_config), parse_node(context.node_config)
                 check_node(config, node)
-                content = handler(message, config, node)
+                content = handler(message, config, node, context.state)
             except _EXPLAINED as error:
                 log(ERROR, "%s", error)
                 content = RecordDict({name: _refusal(error, node)})
@@ -123,7 +125,9 @@ def _received(message: Message, payload: Payload) -> dict[str, Tensor]:
 
 @app.query()
 @answering("member")
-def on_roll_call(message: Message, config: Config, node: NodeConfig) -> RecordDict:
+def on_roll_call(
+    message: Message, config: Config, node: NodeConfig, state: RecordDict
+) -> RecordDict:
     """Say who this site is and whether it can take part; loads its model and rows to be sure."""
     if keeping := compose.stores(config):
         require_state_path(node, keeping)
@@ -156,7 +160,7 @@ def on_roll_call(message: Message, config: Config, node: NodeConfig) -> RecordDi
 
 @app.train()
 @answering("report")
-def on_train(message: Message, config: Config, node: NodeConfig) -> RecordDict:
+def on_train(message: Message, config: Config, node: NodeConfig, state: RecordDict) -> RecordDict:
     """Score the received payload, train it on the site's rows, score it again, send the delta."""
     started = time.perf_counter()
     compose.check_privacy(config)  # the server has checked it too, and need not be believed
@@ -171,17 +175,18 @@ def on_train(message: Message, config: Config, node: NodeConfig) -> RecordDict:
     account = SiteAccount(config, node, plan, site=site.name, rows=site.rows, base=base.digest)
     account.charge(releases(config, site.rows, [round_]))
     loaded = time.perf_counter()
-    before = _WORKER.released(config, site, payload, pad_token(base), round_, "before")
-    backdoor = _WORKER.backdoor(config, site, payload)
-    personal = work.personal_score(
-        before, lambda: _WORKER.score(config, site, payload, pad_token(base))
-    )
-    scored = time.perf_counter()
-    private = config.privacy.unit == "record"
-    outcome = work.train(_WORKER.per_sample(config, node, round_) if private else "")
+    with splitsite.connected(config, payload, plan, state) as stream:
+        before = _WORKER.released(config, site, payload, pad_token(base), round_, "before")
+        backdoor = _WORKER.backdoor(config, site, payload)
+        personal = work.personal_score(
+            before, lambda: _WORKER.score(config, site, payload, pad_token(base))
+        )
+        scored, sent = time.perf_counter(), splitsite.carried(stream)
+        private = config.privacy.unit == "record"
+        outcome = work.train(_WORKER.per_sample(config, node, round_) if private else "")
     trained = time.perf_counter()
     after = Score()
-    if config.train.score_after:
+    if config.train.score_after and not stream:  # alone a site has no middle of its own
         after = _WORKER.released(config, site, payload, pad_token(base), round_, "after")
     delta = work.finish()
     report: dict[str, Scalar] = {
@@ -202,6 +207,7 @@ def on_train(message: Message, config: Config, node: NodeConfig) -> RecordDict:
             "tokens": outcome.tokens,
             "useful_tokens": outcome.useful_tokens,
         }
+    report |= splitsite.traffic(stream, splitsite.carried(stream) - sent, outcome.tokens)
     report |= {"rank": work.rank} if work.rank < config.payload.rank else {}
     report |= score_fields("before", before) | score_fields("after", after)
     report |= score_fields("backdoor", backdoor) if backdoor.rows else {}
@@ -212,7 +218,9 @@ def on_train(message: Message, config: Config, node: NodeConfig) -> RecordDict:
 
 @app.evaluate()
 @answering("report")
-def on_evaluate(message: Message, config: Config, node: NodeConfig) -> RecordDict:
+def on_evaluate(
+    message: Message, config: Config, node: NodeConfig, state: RecordDict
+) -> RecordDict:
     """Score the received payload on the site's held-out rows."""
     base, payload = _WORKER.model(config, node)
     site = _WORKER.site(config, node)
@@ -224,11 +232,12 @@ def on_evaluate(message: Message, config: Config, node: NodeConfig) -> RecordDic
     account.admit()
     if releasing := evaluations(config, done):
         account.charge(releasing)
-    score = _WORKER.released(config, site, payload, pad_token(base), done, "evaluation")
-    backdoor = _WORKER.backdoor(config, site, payload)
-    personal = work.personal_score(
-        score, lambda: _WORKER.score(config, site, payload, pad_token(base))
-    )
+    with splitsite.connected(config, payload, plan, state):
+        score = _WORKER.released(config, site, payload, pad_token(base), done, "evaluation")
+        backdoor = _WORKER.backdoor(config, site, payload)
+        personal = work.personal_score(
+            score, lambda: _WORKER.score(config, site, payload, pad_token(base))
+        )
     work.keep_adapter()
     secure.clear(config, node, plan, site.name)
     fields = score_fields("before", score)
@@ -241,7 +250,9 @@ def _on_secure(step: str) -> Callable[[Message, Context], Message]:
     """The handler of a step of secure aggregation."""
 
     @answering("answer")
-    def on_step(message: Message, config: Config, node: NodeConfig) -> RecordDict:
+    def on_step(
+        message: Message, config: Config, node: NodeConfig, state: RecordDict
+    ) -> RecordDict:
         return secure.answer(step, _WORKER, message, config, node)
 
     return on_step
@@ -251,9 +262,20 @@ for _step in secure.STEPS:
     app.query(_step)(_on_secure(_step))
 
 
+@app.query(splitsite.KEY_QUERY)
+@answering("answer")
+def on_split_key(
+    message: Message, config: Config, node: NodeConfig, state: RecordDict
+) -> RecordDict:
+    """Hand out the certificate by which the server knows this site's stream."""
+    return RecordDict({"answer": splitsite.certificate(config, state)})
+
+
 @app.train("baseline")
 @answering("report")
-def on_baseline(message: Message, config: Config, node: NodeConfig) -> RecordDict:
+def on_baseline(
+    message: Message, config: Config, node: NodeConfig, state: RecordDict
+) -> RecordDict:
     """Train on one site's rows alone, or on all rows pooled; score on everyone's held-out rows."""
     base, payload = _WORKER.model(config, node)
     sites = _WORKER.all_sites(config, node)

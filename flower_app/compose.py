@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,12 +17,17 @@ from flower_app.data import poison
 from flower_app.data.format import prompt_maker
 from flower_app.data.site import label_names
 from flower_app.node import NodeConfig
+from flower_app.sharing import Sharing
+from flower_app.splitserver import SplitExchange, SplitServer
 from models import attention, base, payload
 from models.base import Base
 from models.layout import Layout
 from models.payload import Payload, prompting
 from models.section import ConfigError
 from models.seeds import derive
+from models.split import base as split
+from models.split.base import SplitBase
+from models.split.load import SERVER, SITE
 from privacy import noise
 from privacy.client_level import Charge
 from privacy.noise import Source
@@ -30,7 +37,7 @@ from strategies import control, registry
 from strategies.attacks import registry as attacks
 from strategies.attacks.registry import Attack
 from strategies.cohort import CohortError
-from strategies.exchange import Exchange
+from strategies.exchange import Exchange, Plain
 from strategies.lora import check_ranks, frozen_factor
 from strategies.sampling import sample
 from strategies.stage import Rule
@@ -94,7 +101,7 @@ def _check_secure(config: Config) -> None:
 def _check_factors(config: Config) -> None:
     """Refuse LoRA rules on payloads of which they do not find the factors that they work on."""
     rule = config.strategy.rule
-    if rule.startswith("lora-") and config.payload.kind != "lora":
+    if rule.startswith("lora-") and config.payload.kind not in ("lora", "split"):
         raise ConfigError(
             f"Expected payload.kind='lora' with strategy.rule={rule!r}, got "
             f"{config.payload.kind!r}; set it, or strategy.rule='mean'."
@@ -276,12 +283,26 @@ def weight(config: Config, rows: int) -> int:
     return 1 if config.strategy.weighting == "uniform" else min(rows, config.strategy.weight_cap)
 
 
-def exchange(config: Config, layout: Layout, run: str) -> Exchange | None:
+def exchange(
+    config: Config, layout: Layout, run: str, spool: Path, server: SplitServer | None = None
+) -> Exchange | None:
     """How updates get to the server of a run; None: as they are."""
+    if server:
+        return SplitExchange(server, Plain(config.strategy, layout, spool))
     if not config.secure.on:
         return None
     norm, seed = config.strategy.max_update_norm, config.run.seed
     return Masks(config.secure, layout, run, config.digest, seed, norm, clientlevel.shares(config))
+
+
+def split_server(config: Config, loaded: Base, sites: int, known: str) -> SplitServer | None:
+    """The middle of a split model at the server, listening; None for a whole model.
+
+    `known` is the schedule that a run to resume has picked.
+    """
+    if not isinstance(loaded, SplitBase):
+        return None
+    return SplitServer(config, loaded, Sharing(config, loaded, sites, known))
 
 
 def travelling(config: Config, payload: Payload) -> Layout:
@@ -303,22 +324,27 @@ def model_key(config: Config, path: str) -> str:
     if config.model.task == "classification":  # whose classes may be counted in the data
         parts.append(config.data.model_dump_json())
     parts += [personal(config), _frozen(config)]
-    parts += [config.train.packing, config.privacy.unit]
+    parts += [config.train.packing, config.privacy.unit, config.split.model_dump_json()]
     return "\n".join([*parts, str(config.run.seed), path])
 
 
-def load_base(config: Config, path: str = "") -> Base:
-    """Read the base model from disk."""
-    return base.load(
-        config.model,
-        path=path,
-        num_labels=num_labels(config),
-        seed=derive(config.run.seed, "base"),
-    )
+def load_base(config: Config, path: str = "", *, at_site: bool = False) -> Base:
+    """Read the base model from disk, or one side's parts of it."""
+    common: Any = {
+        "path": path,
+        "num_labels": num_labels(config),
+        "seed": derive(config.run.seed, "base"),
+    }
+    if config.payload.kind == "split":
+        wanted = SITE if at_site else SERVER
+        return split.load(config.model, config.payload, config.split, wanted, **common)
+    return base.load(config.model, **common)
 
 
 def attach(config: Config, loaded: Base) -> Payload:
     """Attach the configured payload to a base model, with seeded start values."""
+    if isinstance(loaded, SplitBase):
+        return split.attach(loaded, personal(config), _frozen(config))
     return payload.attach(
         loaded.model,
         config.payload.model_copy(update={"personal": personal(config)}),
@@ -336,7 +362,8 @@ def packs(config: Config, loaded: Base) -> bool:
     Raises ConfigError when packing is demanded of a model that cannot.
     """
     wanted = config.train.packing
-    possible = config.model.task == "causal-lm" and not prompting(config.payload.kind)
+    kind = config.payload.kind
+    possible = config.model.task == "causal-lm" and kind != "split" and not prompting(kind)
     possible = possible and config.privacy.unit != "record"
     if wanted == "off" or not possible:
         return False

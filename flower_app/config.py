@@ -14,6 +14,7 @@ from pydantic_core import ErrorDetails
 from flower_app.data.config import DataConfig
 from models.config import ModelConfig, PayloadConfig, TrainConfig
 from models.section import ConfigError, Section, unknown
+from models.split.config import SplitConfig
 from privacy.config import PrivacyConfig
 from privacy.secure.config import SecureConfig
 from strategies.attacks.config import AttackConfig
@@ -64,6 +65,7 @@ class Config(Section):
     model: ModelConfig
     payload: PayloadConfig
     data: DataConfig
+    split: SplitConfig
     train: TrainConfig
     strategy: StrategyConfig
     privacy: PrivacyConfig
@@ -234,12 +236,43 @@ def _wrong_pairs(config: Config) -> Iterator[str]:
             f"Expected run.baselines=false with attack.name={config.attack.name!r}, got true; run "
             "the baselines without an attack."
         )
+    if config.payload.kind == "split":
+        yield from _wrong_with_split(config)
     if config.data.partition == "own":
         yield from _paths_that_travel(config)
     if config.run.baselines and config.data.partition == "own":
         yield (
             "Expected run.baselines=false with data.partition='own', got true; pooling needs the "
             "sites' rows in one place, which only a simulation has."
+        )
+
+
+def _wrong_with_split(config: Config) -> Iterator[str]:
+    """What needs the whole model in one place, or promises what the stream would break."""
+    wanted: dict[str, tuple[Value, Value]] = {
+        "model.quantization": (config.model.quantization, "none"),
+        "model.gradient-checkpointing": (config.model.gradient_checkpointing, False),
+        "payload.site-ranks": (config.payload.site_ranks, ""),
+        "train.correction": (config.train.correction, "none"),
+        "train.ditto-lambda": (config.train.ditto_lambda, 0.0),
+        "privacy.unit": (config.privacy.unit, "none"),
+        "secure.aggregation": (config.secure.aggregation, "none"),
+        "run.baselines": (config.run.baselines, False),
+    }
+    for key, (got, value) in wanted.items():
+        if got != value:
+            yield (
+                f"Expected {key}={json.dumps(value)} with payload.kind='split', got {got!r}; "
+                "set it, or train another payload."
+            )
+    if config.train.packing == "on":
+        yield (
+            "Expected train.packing='off' or 'auto' with payload.kind='split', got 'on'; set it."
+        )
+    if config.strategy.trusts or config.strategy.rule in ("lora-exact", "lora-stack"):
+        yield (
+            "Expected a strategy.rule that needs no whole model at the server with "
+            f"payload.kind='split', got {config.strategy.rule!r}; set 'lora-svd' or 'mean'."
         )
 
 

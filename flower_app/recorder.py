@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import astuple
 from logging import INFO, WARNING
-from typing import Any
+from typing import Any, Literal
 
 from flwr.common.logger import log
+from torch import Tensor
 
 from flower_app.compose import metric
 from flower_app.config import Config
@@ -18,8 +19,9 @@ from models.evaluate import Score
 from strategies.flower import RoundOutcome
 from strategies.messages import Scalar, SiteOutcome
 
-_NUMBERS = ("train_loss", "load_s", "train_s", "eval_s")
-_COUNTS = ("examples", "steps", "tokens", "useful_tokens", "base_reads", "rank")
+_NUMBERS = ("train_loss", "load_s", "train_s", "eval_s", "stream_bytes_per_token")
+_COUNTS = ("examples", "steps", "tokens", "useful_tokens", "base_reads", "rank",
+           "stream_bytes_up", "stream_bytes_down")  # fmt: skip
 _LARGEST = 1e15  # no honest sum of losses, count or time of a round comes near it
 
 
@@ -60,6 +62,7 @@ class Recorder:
             for row in folder.rows()
             if row["kind"] == "site" and row["status"] == "ok"
         }
+        self._beside: Callable[[], Mapping[str, Tensor]] = dict
         self._events = _tensorboard(folder) if config.run.tensorboard else None
 
     def refused(self, reasons: Mapping[str, str]) -> None:
@@ -68,6 +71,11 @@ class Recorder:
             self._folder.log(
                 {"kind": "site", "round": 0, "site": site, "status": "refused", "reason": reason}
             )
+
+    def beside(self, trained: Callable[[], Mapping[str, Tensor]], facts: Mapping[str, str]) -> None:
+        """Let checkpoints also hold what the server trains itself, and more facts of the run."""
+        self._beside = trained
+        self._facts = {**self._facts, **facts}
 
     def attacked(self, name: str, malicious: Iterable[str]) -> None:
         """Log that the run is under a simulated attack, by which sites."""
@@ -92,7 +100,12 @@ class Recorder:
         self._folder.log(row)
         self._folder.save(
             Checkpoint(
-                outcome.round, outcome.payload, outcome.state, self._facts, fold=outcome.fold
+                outcome.round,
+                outcome.payload,
+                outcome.state,
+                self._facts,
+                fold=outcome.fold,
+                beside=self._beside(),
             )
         )
         loss = _mean(_number(site.report.get("train_loss")) for site in good)
@@ -156,8 +169,8 @@ class Recorder:
             "site": site.site,
             "status": site.status,
             "reason": site.reason,
-            "bytes_down": site.bytes_down,
-            "bytes_up": site.bytes_up,
+            "bytes_down": _carried(site, "down"),
+            "bytes_up": _carried(site, "up"),
         }
         for name in (*_NUMBERS, *_COUNTS):
             value = site.report.get(name)
@@ -186,11 +199,18 @@ class Recorder:
             "train_s": train_s,
             "wait_s": max(outcome.wall_s - outcome.aggregate_s - train_s, 0.0),
             "aggregate_s": outcome.aggregate_s,
-            "bytes_down": sum(site.bytes_down for site in outcome.sites),
-            "bytes_up": sum(site.bytes_up for site in outcome.sites),
+            "bytes_down": sum(_carried(site, "down") for site in outcome.sites),
+            "bytes_up": sum(_carried(site, "up") for site in outcome.sites),
             "learning_rate": train.learning_rate_at(outcome.round, self._config.run.rounds),
             "update_norm": outcome.update_norm,
         }
+
+
+def _carried(site: SiteOutcome, way: Literal["up", "down"]) -> int:
+    """Bytes of a site's messages and, as it counted them, of its stream."""
+    messages = site.bytes_up if way == "up" else site.bytes_down
+    stream = _number(site.report.get(f"stream_bytes_{way}"))
+    return messages + (int(stream) if stream > 0 else 0)
 
 
 def _lora(outcome: RoundOutcome) -> dict[str, float | int]:

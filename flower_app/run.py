@@ -6,7 +6,7 @@ import importlib.util
 import json
 import time
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from logging import INFO, WARNING
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,13 @@ from flower_app.recorder import Recorder, summarise
 from flower_app.report import results_table, write_report
 from flower_app.roster import Member, Roster
 from flower_app.runfolder import Checkpoint, CheckpointError, RunFolder, replacing
+from flower_app.splitserver import SplitServer
 from flower_app.trusted import RootTrainer
 from models import fold
 from models.base import Base
 from models.payload import Payload
 from models.section import ConfigError
+from models.split.site import SplitPayload
 from strategies.control import parted
 from strategies.flower import ComposedStrategy
 from strategies.lora import check_layout
@@ -66,24 +68,26 @@ def run(grid: Grid, config: Config) -> RunFolder:
     if malicious := compose.malicious(config, members):
         log(WARNING, "Simulated attack %r by %s.", config.attack.name, ", ".join(sorted(malicious)))
         recorder.attacked(config.attack.name, malicious)
-    plan = _plan(folder, facts, _mode(members))
+    server = _middle(config, base, payload, recorder, members, checkpoint)
+    plan = _plan(folder, facts, _mode(members)) | (server.plan if server else {})
     strategy = _strategy(
-        config, base, payload, roster, recorder, folder, plan, members, facts.get("run", "")
-    )
+        config, base, payload, roster, recorder, folder, plan, members, facts.get("run", ""),
+        server,
+    )  # fmt: skip
     if checkpoint:
         strategy.restore(checkpoint.round, checkpoint.state, checkpoint.fold)
         log(INFO, "Going on after round %d.", checkpoint.round)
     startup_s = time.monotonic() - started
     start = checkpoint.payload if checkpoint else compose.started(config, payload)
-    trained = payload.layout.size + payload.personal_layout.size
     card: dict[str, Any] = {
         "sites": list(members),
-        "trainable_parameters": trained,
+        "trainable_parameters": payload.layout.size + payload.personal_layout.size,
         "personal_parameters": payload.personal_layout.size,
         **facts,
     }
     try:
-        payload.load(parted(_train(grid, config, strategy, start))[0])
+        with server or nullcontext():
+            payload.load(parted(_train(grid, config, strategy, start))[0])
         fold.replace(payload, strategy.fold)
         ended = time.monotonic()
         card["privacy"] = _guarantee(config, folder, members, facts)
@@ -128,7 +132,9 @@ def _facts(
 
 
 def _check_facts(checkpoint: Checkpoint | None, facts: Mapping[str, str]) -> None:
-    if checkpoint and checkpoint.facts != facts:
+    # What `auto` measured is taken over, and cannot be another.
+    known = {k: v for k, v in checkpoint.facts.items() if k != "schedule"} if checkpoint else {}
+    if checkpoint and known != facts:
         raise ConfigError(
             f"Expected the base model and layout of the run to resume ({checkpoint.facts}), got "
             f"{dict(facts)}; give the server the same model files again."
@@ -177,6 +183,25 @@ def _plan(folder: RunFolder, facts: Mapping[str, str], mode: str) -> dict[str, S
     return {"state": str(folder.sites)} if mode == "simulation" else {"run": facts["run"]}
 
 
+def _middle(
+    config: Config,
+    base: Base,
+    payload: Payload,
+    recorder: Recorder,
+    members: Mapping[str, Member],
+    checkpoint: Checkpoint | None,
+) -> SplitServer | None:
+    """The server's part of a split model, as it was when the run stopped; None for a whole one."""
+    known = checkpoint.facts.get("schedule", "") if checkpoint else ""
+    server = compose.split_server(config, base, len(members), known)
+    if server and isinstance(payload, SplitPayload):
+        payload.middle = server.adapter
+        recorder.beside(server.state, {"schedule": server.schedule})
+        if checkpoint:
+            server.restore(checkpoint.beside)
+    return server
+
+
 def _strategy(
     config: Config,
     base: Base,
@@ -187,6 +212,7 @@ def _strategy(
     plan: Mapping[str, Scalar],
     sites: Collection[str],
     run: str,
+    middle: SplitServer | None,
 ) -> ComposedStrategy:
     layout = compose.travelling(config, payload)
     adversary = compose.adversary(config, layout, sites)
@@ -204,7 +230,7 @@ def _strategy(
         listener=recorder,
         trusted=RootTrainer(config, base, payload).update if config.strategy.trusts else None,
         lora_scale=payload.lora_scale,
-        exchange=compose.exchange(config, layout, run),
+        exchange=compose.exchange(config, layout, run, _spool(folder), middle),
         selection=clientlevel.selection(config),
         **others,
     )

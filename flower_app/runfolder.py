@@ -38,7 +38,10 @@ class CheckpointError(OSError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The state after a finished round: payload, strategy and fold tensors by name."""
+    """The state after a finished round: payload, strategy and fold tensors by name.
+
+    `beside` is what the server trained itself, the middle of a split model.
+    """
 
     round: int
     payload: dict[str, Tensor]
@@ -46,6 +49,7 @@ class Checkpoint:
     facts: dict[str, str]
     metrics_bytes: int = 0
     fold: Mapping[str, Tensor] = field(default_factory=dict)
+    beside: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class RunFolder:
@@ -133,6 +137,7 @@ class RunFolder:
         tensors = {f"payload/{key}": value for key, value in checkpoint.payload.items()}
         tensors |= {f"state/{key}": value for key, value in checkpoint.state.items()}
         tensors |= {f"fold/{key}": value for key, value in checkpoint.fold.items()}
+        tensors |= {f"beside/{key}": value for key, value in checkpoint.beside.items()}
         try:
             _sync(self.metrics)
             pointer = {
@@ -172,6 +177,7 @@ class RunFolder:
             return Checkpoint(
                 pointer["round"], _under("payload/", tensors), _under("state/", tensors),
                 pointer["facts"], pointer["metrics_bytes"], _under("fold/", tensors),
+                _under("beside/", tensors),
             )  # fmt: skip
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise self._unreadable(error) from error

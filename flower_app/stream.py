@@ -40,7 +40,8 @@ def _options(max_bytes: int) -> list[tuple[str, Any]]:
 class StreamServer:
     """Serves one stream per site; use as a context manager, or call `stop`.
 
-    `sites` maps their names to certificates (PEM). A frame above `max_bytes` ends its stream.
+    `sites` maps their names to certificates (PEM); `admit` names others later. A frame above
+    `max_bytes` ends its stream, and no more than `most` streams are served at a time.
     """
 
     def __init__(
@@ -51,21 +52,19 @@ class StreamServer:
         *,
         address: str = "127.0.0.1:0",
         max_bytes: int,
+        most: int = 256,
     ) -> None:
         """Start serving; raises ConfigError where the address cannot be had."""
-        self._sites = {fingerprint(certificate): site for site, certificate in sites.items()}
+        self._identity = identity
         self._handler = handler
-        self._server = grpc.server(
-            ThreadPoolExecutor(len(sites) + 2, "stream"), options=_options(max_bytes)
-        )
+        self._server = grpc.server(ThreadPoolExecutor(most, "stream"), options=_options(max_bytes))
+        self.admit(sites)
         serve = grpc.stream_stream_rpc_method_handler(self._serve)
         self._server.add_generic_rpc_handlers(
             (grpc.method_handlers_generic_handler(_SERVICE, {_METHOD: serve}),)
         )
-        credentials = grpc.ssl_server_credentials(
-            [(identity.key, identity.certificate)],
-            root_certificates=b"".join(sites.values()),
-            require_client_auth=True,
+        credentials = grpc.dynamic_ssl_server_credentials(
+            self._configuration, lambda: self._configuration, require_client_authentication=True
         )
         try:
             self.port = self._server.add_secure_port(address, credentials)
@@ -74,6 +73,15 @@ class StreamServer:
                 f"Expected to listen at {address!r}, but: {error}; name a free port here."
             ) from error
         self._server.start()
+
+    def admit(self, sites: Mapping[str, bytes]) -> None:
+        """Serve these sites and no others from now on; streams that are open stay."""
+        self._sites = {fingerprint(certificate): site for site, certificate in sites.items()}
+        # Nobody has the key of the server's own certificate but the server itself.
+        roots = b"".join(sites.values()) or self._identity.certificate
+        self._configuration = grpc.ssl_server_certificate_configuration(
+            [(self._identity.key, self._identity.certificate)], root_certificates=roots
+        )
 
     def _serve(self, frames: Frames, context: grpc.ServicerContext) -> Frames:
         found = context.auth_context()

@@ -29,6 +29,7 @@ from models.factors import held
 from models.payload import Payload
 from models.section import ConfigError
 from models.seeds import derive
+from models.split.site import SplitPayload, train_across
 from models.text import Encoded, Labelled, Ranked, Record, encode
 from models.train import Correction, Trained, train
 from privacy.metrics import bounded, noised
@@ -75,7 +76,7 @@ class Worker:
         key = compose.model_key(config, node.model_path)
         if self._payload and self._payload[0] != key:
             self._payload = None  # it holds the old base model, which is freed before the new one
-        base = self.bases.get(key, lambda: compose.load_base(config, node.model_path))
+        base = self.bases.get(key, lambda: compose.load_base(config, node.model_path, at_site=True))
         if self._payload is None or self._payload[0] != key:
             self._packs = compose.packs(config, base)
             self._payload = (key, compose.attach(config, base))
@@ -293,7 +294,10 @@ def train_round(
     if private:
         return private.train(payload, batches, config.train, **how)
     forwards = steps * config.train.grad_accumulation
-    return train(payload, batches.take((round_ - 1) * forwards, forwards), config.train, **how)
+    taken = batches.take((round_ - 1) * forwards, forwards)
+    if isinstance(payload, SplitPayload):
+        return train_across(payload, taken, config.train, in_flight=config.split.in_flight, **how)
+    return train(payload, taken, config.train, **how)
 
 
 def steps_per_round(config: Config, batches: Sequence[Batches]) -> int:

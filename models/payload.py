@@ -242,7 +242,7 @@ def kinds() -> list[str]:
     """Every payload kind that `attach` knows."""
     others = {str(method.value) for method in PEFT_TYPE_TO_CONFIG_MAPPING}
     named = {peft_name for peft_name, _ in _KINDS.values()}
-    return ["full", *_KINDS, *sorted(m.lower().replace("_", "-") for m in others - named)]
+    return ["full", "split", *_KINDS, *sorted(m.lower().replace("_", "-") for m in others - named)]
 
 
 def check_kind(config: PayloadConfig) -> Settings:
@@ -278,7 +278,7 @@ def _config_class(kind: str) -> Any:
 def prompting(kind: str) -> bool:
     """Whether virtual tokens stand before the text, so that a row holds one document only."""
     return kind == "adapter" or (
-        kind != "full" and issubclass(_config_class(kind), peft.PromptLearningConfig)
+        kind not in ("full", "split") and issubclass(_config_class(kind), peft.PromptLearningConfig)
     )
 
 

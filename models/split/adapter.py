@@ -96,6 +96,11 @@ def factors(part: Part) -> dict[str, Tensor]:
     return {name: p.detach().cpu().clone() for name, p in _trained(part).items()}
 
 
+def added(part: Part) -> dict[str, Tensor]:
+    """Copies of all that LoRA adds to a part, a new class head too, be it trained or not."""
+    return {name: parameter.detach().cpu().clone() for name, parameter in _added(part).items()}
+
+
 @torch.no_grad()
 def load_factors(part: Part, tensors: Mapping[str, Tensor]) -> None:
     """Write what `factors` gave into a part; raises KeyError for a name that is missing."""
@@ -108,6 +113,14 @@ def _trained(part: Part) -> dict[str, nn.Parameter]:
         plain(part.name_in_whole(name)): parameter
         for name, parameter in part.named_parameters()
         if parameter.requires_grad
+    }
+
+
+def _added(part: Part) -> dict[str, nn.Parameter]:
+    return {
+        plain(part.name_in_whole(name)): parameter
+        for name, parameter in part.named_parameters()
+        if ".lora_" in name or ".modules_to_save." in name
     }
 
 
@@ -158,10 +171,8 @@ def load_adapter(part: Part, folder: Path) -> None:
     try:
         with safe_open(path, "pt") as file:
             there = set(file.keys())
-            for name, parameter in part.named_parameters():
-                if ".lora_" not in name and ".modules_to_save." not in name:
-                    continue
-                key = _WRAPPER + plain(part.name_in_whole(name))
+            for name, parameter in _added(part).items():
+                key = _WRAPPER + name
                 found = file.get_tensor(key) if key in there else torch.empty(0)
                 if found.shape != parameter.shape:
                     raise ConfigError(

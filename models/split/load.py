@@ -79,21 +79,38 @@ def load_parts(
     folder lacks, are drawn from `seed`. Raises ConfigError for a model that cannot be cut, and for
     a folder without the tensors of these parts.
     """
-    model, parts = empty(folder, cuts, dtype, payload)
-    chosen: dict[PartName, Part] = {name: getattr(parts, name) for name in wanted}
+    parts, _ = load_split(folder, wanted, cuts, dtype=dtype, seed=seed, payload=payload)
+    return {name: getattr(parts, name) for name in wanted}
+
+
+def load_split(
+    folder: Path,
+    wanted: Collection[PartName],
+    cuts: Cuts,
+    *,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    payload: PayloadConfig | PeftConfig | None = None,
+) -> tuple[Parts, PeftConfig | None]:
+    """All parts of the model in a folder, with the weights of those `wanted` alone.
+
+    The others hold what LoRA adds, and a new class head. Raises as `load_parts`.
+    """
+    model, settings, parts = _empty(folder, cuts, dtype, payload)
     with opened(folder) as files:
         have = Checkpoint(files, model, dtype)
-        for part in chosen.values():
+        for place, part in parts._asdict().items():
             start(part, seed)
             missing = [
                 name
                 for name, parameter in part.named_parameters()
-                if parameter.is_meta and not have.fill(part, name)
+                if parameter.is_meta
+                and (place in wanted or ".modules_to_save." in name)
+                and not have.fill(part, name)
             ]
             _draw(model, part, missing, folder, cuts, seed)
-    for part in chosen.values():
-        part.eval()
-    return chosen
+            part.eval()
+    return parts, settings
 
 
 def empty(
@@ -103,6 +120,13 @@ def empty(
     payload: PayloadConfig | PeftConfig | None = None,
 ) -> tuple[Any, Parts]:
     """The whole model and its parts without any weights; raises ConfigError."""
+    model, _, parts = _empty(folder, cuts, dtype, payload)
+    return model, parts
+
+
+def _empty(
+    folder: Path, cuts: Cuts, dtype: torch.dtype, payload: PayloadConfig | PeftConfig | None
+) -> tuple[Any, PeftConfig | None, Parts]:
     try:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
@@ -119,9 +143,8 @@ def empty(
     )
     with init_empty_weights(include_buffers=False):  # buffers are computed, not read
         model = auto.from_config(config, dtype=dtype)
-    if payload is not None:
-        adapt(model, payload, cuts.task)
-    return model, cut(model, cuts.head_blocks, cuts.tail_blocks)
+    settings = adapt(model, payload, cuts.task) if payload else None
+    return model, settings, cut(model, cuts.head_blocks, cuts.tail_blocks)
 
 
 def write_parts(folder: Path, out: Path, cuts: Cuts) -> dict[str, Path]:

@@ -59,6 +59,7 @@ class Nodes:
     monkeypatch: pytest.MonkeyPatch
     keys: dict[str, Any] = field(default_factory=dict)
     errors: list[str] = field(default_factory=list)
+    states: dict[str, RecordDict] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         rows = {name: site_rows(name, 14 + 4 * at) for at, name in enumerate(NAMES)}
@@ -137,7 +138,9 @@ class Nodes:
     ) -> RecordDict:
         """Hand content to the ClientApp as a message of a kind and return that of its reply."""
         metadata = Metadata(1, "question", 1, 2, "", "", 0.0, 1e12, kind)
-        context = Context(1, 2, dict(node), RecordDict(), self.flat(**extra))
+        # Flower keeps a record for each node until the run ends.
+        state = self.states.setdefault(json.dumps(dict(node), sort_keys=True), RecordDict())
+        context = Context(1, 2, dict(node), state, self.flat(**extra))
         # Flower itself makes messages of other processes this way; its types show the rest only.
         message: Message = Message(content, metadata=metadata)  # type: ignore[call-overload]
         reply = client_app.app(message, context)

@@ -1,0 +1,106 @@
+"""A site's end of split learning: its key of the run, and the stream to the server's middle."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+
+from flwr.app import ConfigRecord, RecordDict
+
+from flower_app.config import Config
+from flower_app.stream import exchange
+from models.payload import Payload
+from models.section import ConfigError
+from models.split.link import FrameLink, Limits
+from models.split.site import SplitPayload
+from models.split.wire import token_bytes
+from privacy.tls import Identity
+from strategies.messages import Scalar, config_of
+
+KEY_QUERY = "split_key"
+_STATE = "split"
+# What the server says of its stream with every plan.
+ADDRESS, CERTIFICATE = "split-address", "split-certificate"
+
+
+def limits(config: Config, hidden_size: int) -> Limits:
+    """What one message of a stream may hold."""
+    tokens = config.train.batch_size * config.train.max_length
+    return Limits(tokens, hidden_size, config.split.wire)
+
+
+def frame_bytes(within: Limits) -> int:
+    """The longest frame: a header, a mask, and values as float32."""
+    return 1024 + within.most_tokens * (1 + token_bytes("fp32", within.hidden_size))
+
+
+def certificate(config: Config, state: RecordDict) -> ConfigRecord:
+    """The site's certificate of this run; its key is made when first asked for, and stays here.
+
+    Raises ConfigError where the run has no stream.
+    """
+    if config.payload.kind != "split":
+        raise ConfigError(
+            f"Expected payload.kind='split' when asked for a key, got {config.payload.kind!r}."
+        )
+    if not config_of(state, _STATE):
+        made = Identity.fresh()
+        state[_STATE] = ConfigRecord({"key": made.key, "certificate": made.certificate})
+    return ConfigRecord({"certificate": bytes(_identity(state).certificate)})
+
+
+def _identity(state: RecordDict) -> Identity:
+    kept = config_of(state, _STATE)
+    key, public = kept.get("key"), kept.get("certificate")
+    if not isinstance(key, bytes) or not isinstance(public, bytes):
+        raise ConfigError(
+            "Expected a key for the stream of this run at this site, got none, as after a restart "
+            "of its SuperNode; the server asks for a new one in the next round."
+        )
+    return Identity(key, public)
+
+
+@contextmanager
+def connected(
+    config: Config, payload: Payload, plan: Mapping[str, Scalar], state: RecordDict
+) -> Iterator[FrameLink | None]:
+    """Lead to the server's middle while the block runs; nothing, and None, for other payloads.
+
+    Raises ConfigError without a key; what needs the stream raises StreamError when it breaks.
+    """
+    if not isinstance(payload, SplitPayload):
+        yield None
+        return
+    module = payload.module
+    within = limits(config, module.config.hidden_size)
+    ask = partial(
+        exchange,
+        str(plan[ADDRESS]),
+        _identity(state),
+        str(plan[CERTIFICATE]).encode(),
+        max_bytes=frame_bytes(within),
+        timeout=config.run.deadline_s,
+    )
+    with FrameLink(ask, within) as link:
+        module.link = link
+        try:
+            yield link
+        finally:
+            module.link = None
+
+
+def carried(link: FrameLink | None) -> int:
+    """Bytes that a stream carried so far, both ways; 0 without one."""
+    return link.bytes_up + link.bytes_down if link else 0
+
+
+def traffic(link: FrameLink | None, training: int, tokens: int) -> dict[str, Scalar]:
+    """What a stream carried, as fields of a report; `training` bytes of it for so many tokens."""
+    if link is None:
+        return {}
+    return {
+        "stream_bytes_up": link.bytes_up,
+        "stream_bytes_down": link.bytes_down,
+        "stream_bytes_per_token": training / max(tokens, 1),
+    }

@@ -1,0 +1,257 @@
+"""Split learning in whole runs: three sites, their streams, and the middle at the server."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.app import Message
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
+
+from flower_app import client_app
+from flower_app import run as server
+from flower_app.config import parse
+from flower_app.node import parse_node
+from flower_app.worker import Worker
+from models.evaluate import Score, evaluate
+from models.payload import Payload
+from models.section import ConfigError
+from models.split.load import Cuts, write_parts
+from tests.fakes import Answer, FakeGrid
+from tests.flower_app.nodes import NAMES, Nodes
+from tests.flower_app.runs import Killed, bytes_below, deploy, killed_in, rows, run, simulate
+from tests.models.split.families import tiny
+
+SPLIT: dict[str, Any] = {"payload__kind": "split", "split__wire": "fp32"}
+
+
+@pytest.fixture(autouse=True)
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plots take longer than these runs."""
+    monkeypatch.setattr(server, "write_report", lambda folder: folder)
+
+
+@pytest.fixture
+def nodes(
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    one_thread: None,
+) -> Nodes:
+    """Three sites on a tiny Llama of four blocks."""
+    folder = tmp_path / "model"
+    tiny("llama", vocab_size=len(tiny_tokenizer)).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return Nodes(tmp_path, folder, monkeypatch)
+
+
+def test_three_sites_train_one_model_across_the_cut(nodes: Nodes) -> None:
+    folder, grid = simulate(nodes, "split", SPLIT, run__rounds=3, train__learning_rate=0.05)
+    kinds = [q.metadata.message_type for q in grid.questions if q.metadata.group_id != "roll-call"]
+    assert kinds == ["query.split_key"] * 3 + ["train"] * 9 + ["evaluate"] * 3
+    sites = rows(folder, "site")
+    assert [row["status"] for row in sites] == ["ok"] * 9
+    for row in sites:
+        assert row["bytes_up"] > row["stream_bytes_up"] > 0
+        assert row["bytes_down"] > row["stream_bytes_down"] > 0
+        # Hidden states and gradients, both ways: 4 x hidden size x bytes of a number.
+        assert 4 * 32 * 4 < row["stream_bytes_per_token"] < 4 * 32 * 4 * 1.05
+    first, last = rows(folder, "evaluation")[0], rows(folder, "evaluation")[-1]
+    assert last["round"] == 3 and last["loss"] < first["loss"]
+
+
+def joined(nodes: Nodes, folder: Path, **keys: Any) -> float:
+    """Held-out loss of the model in one piece with a run's adapter, over all sites' rows."""
+    auto: Any = AutoModelForCausalLM
+    if keys.get("model__task") == "classification":
+        auto = partial(AutoModelForSequenceClassification.from_pretrained, num_labels=3)
+    else:
+        auto = AutoModelForCausalLM.from_pretrained
+    tuned = PeftModel.from_pretrained(auto(nodes.model), str(folder / "adapter"))
+    config, worker = parse(nodes.flat(**keys)), Worker()
+    sites = [worker.site(config, parse_node(nodes.simulated(at))) for at in range(3)]
+    tuned.requires_grad_(True)
+    whole = Payload("full", tuned)
+    scores = [evaluate(whole, site.held_out, config.train) for site in sites]
+    return sum(scores, Score()).loss
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"strategy__rule": "lora-svd", "split__head_blocks": 2, "train__grad_accumulation": 2},
+        {"strategy__rule": "median", "split__middle": "none"},
+        {"strategy__rule": "lora-freeze-a", "split__head": "none"},
+    ],
+)
+def test_the_parts_join_into_one_adapter(nodes: Nodes, settings: dict[str, Any]) -> None:
+    keys = SPLIT | settings
+    folder, _ = simulate(nodes, "split", keys)
+    trained = load_file(folder / "adapter" / "adapter_model.safetensors")
+    moved = {name for name, t in trained.items() if "lora_B" in name and bool(t.abs().sum() > 0)}
+    blocks = {name.split(".layers.")[1][0] for name in moved}
+    frozen = {"split__head": {"0"}, "split__middle": {"1", "2"}}
+    expected = {"0", "1", "2", "3"}.difference(*(frozen[key] for key in settings if key in frozen))
+    assert blocks == expected
+    last = rows(folder, "evaluation")[-1]
+    assert joined(nodes, folder, **keys) == pytest.approx(last["loss"], abs=1e-5)
+
+
+def test_an_encoder_is_cut_for_classification(
+    nodes: Nodes, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    folder = nodes.folder / "bert"
+    tiny("bert", vocab_size=len(tiny_tokenizer)).base_model.save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    nodes.model = folder
+    keys = SPLIT | {
+        "model__name": str(folder), "model__task": "classification", "model__num_labels": 3,
+        "data__format": "classification",
+    }  # fmt: skip
+    run_folder, _ = simulate(nodes, "split", keys)
+    last = rows(run_folder, "evaluation")[-1]
+    assert joined(nodes, run_folder, **keys) == pytest.approx(last["loss"], abs=1e-5)
+
+
+def test_each_side_needs_its_own_folder_only(nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, _ = deploy(nodes, "whole", SPLIT)
+    parts = write_parts(nodes.model, nodes.folder / "parts", Cuts())
+    nodes.model = parts["site"]
+    nodes.keys["model.name"] = str(parts["server"])
+    apart, _ = deploy(nodes, "apart", SPLIT)
+    assert bytes_below(apart / "adapter") == bytes_below(whole / "adapter")
+
+
+def test_a_killed_server_goes_on_as_if_nothing_had_been(
+    nodes: Nodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference, _ = simulate(nodes, "reference", SPLIT, run__rounds=3)
+    keys = SPLIT | {"run__rounds": 3, "run__output_dir": str(nodes.folder / "killed")}
+    grid = nodes.grid(*map(nodes.simulated, range(3)), **keys)
+    killed_in(grid, 2, monkeypatch)
+    with pytest.raises(Killed):
+        run(nodes, grid, **keys)
+    nodes.states.clear()  # another run, for Flower
+    again = nodes.grid(*map(nodes.simulated, range(3)), **keys)
+    folder = run(nodes, again, **keys, run__resume="latest")
+    assert bytes_below(folder) == bytes_below(reference)
+
+
+def test_a_site_that_lost_its_key_fails_one_round(nodes: Nodes) -> None:
+    keys = SPLIT | {"run__rounds": 3, "run__output_dir": str(nodes.folder / "lost")}
+    grid = nodes.grid(*map(nodes.simulated, range(3)), **keys)
+    north = grid.sites[2]
+
+    def restarted(question: Any) -> Any:
+        if (question.metadata.message_type, question.metadata.group_id) == ("train", "2"):
+            nodes.states.pop(json.dumps(nodes.simulated(1), sort_keys=True))
+        return north(question)
+
+    grid.sites[2] = restarted
+    folder = run(nodes, grid, **keys)
+    status = {(row["round"], row["site"]): row for row in rows(folder, "site")}
+    assert "Expected a key for the stream of this run" in status[2, "north"]["reason"]
+    assert status[2, "east"]["status"] == status[2, "west"]["status"] == "ok"
+    assert {status[3, name]["status"] for name in NAMES} == {"ok"}
+
+
+class Together(FakeGrid):
+    """Sites that train at the same time, each in a thread of its own."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.threads = {node: ThreadPoolExecutor(1) for node in self.sites}
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        asked, alone = list(messages), self.sites
+
+        def work(message: Message) -> Future[list[Answer]]:
+            node = message.metadata.dst_node_id
+            return self.threads[node].submit(lambda: list(alone[node](message)))
+
+        training = asked[0].metadata.message_type == "train"
+        under_way = {m.metadata.dst_node_id: work(m) for m in asked} if training else {}
+
+        def answer(message: Message) -> list[Answer]:
+            return (under_way.get(message.metadata.dst_node_id) or work(message)).result()
+
+        self.sites = dict.fromkeys(alone, answer)
+        sent = list(super().push_messages(asked))
+        self.sites = alone
+        return sent
+
+
+def together(nodes: Nodes, name: str, **keys: Any) -> Path:
+    """A simulation of three sites at the same time; its folder."""
+
+    class Each(threading.local):
+        """A worker for each thread, as in processes."""
+
+        def __init__(self) -> None:
+            self.worker = Worker()
+
+    each = Each()
+
+    class One:
+        def __getattr__(self, attribute: str) -> Any:
+            return getattr(each.worker, attribute)
+
+    nodes.monkeypatch.setattr(client_app, "_WORKER", One())
+    keys |= SPLIT | {"run__output_dir": str(nodes.folder / name)}
+    inner = nodes.grid(*map(nodes.simulated, range(3)), **keys)
+    return run(nodes, Together(inner.sites), **keys)
+
+
+@pytest.mark.parametrize("schedule", ["client-batch", "hierarchical", "auto"])
+def test_sites_share_the_middle_at_the_same_time(nodes: Nodes, schedule: str) -> None:
+    keys = {"split__schedule": schedule, "run__rounds": 3, "train__learning_rate": 0.05}
+    folder = together(nodes, "one", **keys)
+    assert {row["status"] for row in rows(folder, "site")} == {"ok"}
+    first, last = rows(folder, "evaluation")[0], rows(folder, "evaluation")[-1]
+    assert last["loss"] < first["loss"] - 0.5
+    assert joined(nodes, folder, **SPLIT, **keys) == pytest.approx(last["loss"], abs=1e-5)
+    facts = json.loads((folder / "checkpoint" / "checkpoint.json").read_text())["facts"]
+    assert facts["schedule"] in ("client-batch", "hierarchical")
+    assert schedule in ("auto", facts["schedule"])
+    if schedule != "auto":  # which may pick the other one next time
+        assert bytes_below(together(nodes, "other", **keys)) == bytes_below(folder)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"split__head_blocks": 3}, "their sum must be below 4"),
+        (
+            {"split__head": "none", "split__tail": "none"},
+            "Expected something to train at the sites",
+        ),
+        ({"train__ditto_lambda": 0.1}, "Expected train.ditto-lambda=0.0 with payload.kind='split'"),
+        ({"train__packing": "on"}, "Expected train.packing='off' or 'auto' with payload.kind"),
+        ({"strategy__rule": "lora-exact"}, "needs no whole model at the server"),
+        ({"run__baselines": True}, "Expected run.baselines=false with payload.kind='split'"),
+        ({"split__listen": "nowhere.invalid:1"}, "Expected to listen at 'nowhere.invalid:1'"),
+    ],
+)
+def test_what_cannot_be_is_refused(nodes: Nodes, wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        simulate(nodes, "wrong", SPLIT, **wrong)
+
+
+def test_the_same_seed_gives_the_same_bytes(nodes: Nodes) -> None:
+    one, _ = simulate(nodes, "one", SPLIT)
+    other, _ = simulate(nodes, "other", SPLIT)
+    assert bytes_below(one) == bytes_below(other)
