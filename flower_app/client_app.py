@@ -131,8 +131,7 @@ def on_roll_call(
     """Say who this site is and whether it can take part; loads its model and rows to be sure."""
     if keeping := compose.stores(config):
         require_state_path(node, keeping)
-    if config.secure.on:
-        secure.Keys.of(config, node, node.site, ())
+    secure.check_keys(config, node)
     compose.site_rank(config, node)
     base, _ = _WORKER.model(config, node)
     site = _WORKER.site(config, node)
@@ -171,7 +170,7 @@ def on_train(message: Message, config: Config, node: NodeConfig, state: RecordDi
     round_ = int(str(plan["round"]))
     work = SiteRound(config, node, payload, site, received, plan, done=round_ - 1)
     layout = compose.travelling(config, payload)
-    hidden = secure.Outgoing.claim(config, node, message, layout, site)
+    hidden = secure.outgoing(config, node, message, layout, site)
     account = SiteAccount(config, node, plan, site=site.name, rows=site.rows, base=base.digest)
     account.charge(releases(config, site.rows, [round_]))
     loaded = time.perf_counter()
@@ -212,7 +211,7 @@ def on_train(message: Message, config: Config, node: NodeConfig, state: RecordDi
     report |= score_fields("before", before) | score_fields("after", after)
     report |= score_fields("backdoor", backdoor) if backdoor.rows else {}
     report |= score_fields("personal", personal) if personal else {}
-    arrays = hidden.masked(layout.flatten(delta)) if hidden else to_record(delta)
+    arrays = hidden.hidden(layout.flatten(delta)) if hidden else to_record(delta)
     return RecordDict({"arrays": arrays, "report": ConfigRecord({**report})})
 
 

@@ -32,6 +32,7 @@ from privacy import noise
 from privacy.client_level import Charge
 from privacy.noise import Source
 from privacy.secure import groups
+from privacy.secure.encrypted import Encrypted
 from privacy.secure.exchange import Masks
 from strategies import control, registry
 from strategies.attacks import registry as attacks
@@ -274,7 +275,8 @@ def keeps(config: Config) -> str:
 
 def stores(config: Config) -> str:
     """The settings that make a site write something to its folder; empty if none does."""
-    secure = "secure.aggregation" if config.secure.on else ""
+    masks = config.secure.aggregation == "masks"
+    secure = "secure.aggregation='masks'" if masks else ""
     return ", ".join(filter(None, [keeps(config), secure]))
 
 
@@ -292,6 +294,8 @@ def exchange(
     if not config.secure.on:
         return None
     norm, seed = config.strategy.max_update_norm, config.run.seed
+    if config.secure.aggregation == "ckks":
+        return Encrypted(config.secure, layout, run, config.digest, seed, norm)
     return Masks(config.secure, layout, run, config.digest, seed, norm, clientlevel.shares(config))
 
 

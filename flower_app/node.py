@@ -42,11 +42,17 @@ class NodeConfig(Section):
         "aggregation.",
     )
 
+    ckks_path: str = Field(
+        "",
+        description="File of the key of homomorphic encryption, with its secret half at sites that "
+        'open sums; needed for `secure.aggregation = "ckks"`.',
+    )
+
     @property
     def paths(self) -> tuple[str, ...]:
         """Every path that the operator gave, which is nobody else's business."""
         own = (self.data_path, self.eval_path, self.model_path, self.state_path)
-        return (*own, self.policy_path, self.key_path, self.peers_path)
+        return (*own, self.policy_path, self.key_path, self.peers_path, self.ckks_path)
 
     @property
     def simulated(self) -> bool:

@@ -33,6 +33,7 @@ from models.base import Base
 from models.payload import Payload
 from models.section import ConfigError
 from models.split.site import SplitPayload
+from privacy.secure.ckks_keys import tenseal
 from strategies.control import parted
 from strategies.flower import ComposedStrategy
 from strategies.lora import check_layout
@@ -116,6 +117,8 @@ def _check_extras(config: Config) -> None:
             "Expected the tensorboard package with run.tensorboard=true, got none; install "
             "florilegium[tensorboard] or set it to false."
         )
+    if config.secure.aggregation == "ckks":
+        tenseal()
 
 
 def _facts(
@@ -123,7 +126,7 @@ def _facts(
 ) -> dict[str, str]:
     """What stays the same when the run is resumed; raises ConfigError where it does not."""
     facts = {"layout": compose.travelling(config, payload).digest, "base": base.digest}
-    if compose.stores(config) or config.privacy.on:
+    if compose.stores(config) or config.secure.on or config.privacy.on:
         # The name that sites know the run by, whatever its folder is called.
         known = checkpoint.facts if checkpoint else {}
         facts["run"] = known.get("run", folder.path.name)

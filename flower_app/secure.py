@@ -4,23 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from logging import WARNING
 from types import MappingProxyType
 
-import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
-from flwr.common.logger import log
 from torch import Tensor
 
-from flower_app import clientlevel, compose
+from flower_app import ckks, clientlevel, compose
 from flower_app.config import Config
 from flower_app.node import NodeConfig
+from flower_app.rounded import rounded
 from flower_app.sitestate import site_state
 from flower_app.worker import Site, Worker
 from models.layout import Layout
 from models.section import ConfigError
-from models.seeds import derive
 from models.wire import RawArray
+from privacy.secure import encrypted
 from privacy.secure import site as steps
 from privacy.secure.errors import SecureError
 from privacy.secure.exchange import MASKED
@@ -72,9 +70,37 @@ def sessions(node: NodeConfig, plan: Plan, site: str) -> Sessions:
 
 
 def clear(config: Config, node: NodeConfig, plan: Plan, site: str) -> None:
-    """Destroy what an unfinished round left at a site."""
-    if config.secure.on:
+    """Destroy what rounds left at a site."""
+    if config.secure.aggregation == "masks":
         sessions(node, plan, site).clear()
+    if config.secure.aggregation == "ckks":
+        ckks.clear(node, plan.get("state"))
+
+
+def check_keys(config: Config, node: NodeConfig) -> None:
+    """Refuse to take part without the keys that a run needs; raises ConfigError."""
+    if config.secure.aggregation == "masks":
+        Keys.of(config, node, node.site, ())
+    if config.secure.aggregation == "ckks" and not node.simulated:
+        ckks.key_of(node)
+
+
+def outgoing(
+    config: Config, node: NodeConfig, message: Message, layout: Layout, site: Site
+) -> Outgoing | ckks.Encrypting | None:
+    """How a site's update is to leave, found before it trains; None: as it is.
+
+    Raises SecureError for a message that asks for an update outside a sum, and ConfigError.
+    """
+    if config.secure.aggregation == "masks":
+        return Outgoing.claim(config, node, message, layout, site)
+    if config.secure.aggregation == "ckks":
+        plan, parcel = _record(message, "plan"), dict(config_of(message.content, "parcel").items())
+        terms, key = _terms(config, parcel), ckks.key_of(node, plan.get("state"))
+        _check_terms(terms, plan, layout)
+        weight = compose.weight(config, site.rows)
+        return ckks.Encrypting.of(config, key, terms, site.name, parcel, weight)
+    return None
 
 
 @dataclass(frozen=True)
@@ -125,26 +151,46 @@ class _Step:
         self.sessions.clear()
         return answer
 
+    def name_key(self) -> Parcel:
+        """Step 1 under homomorphic encryption."""
+        _terms(self.config, self.parcel)
+        weight = compose.weight(self.config, self.worker.site(self.config, self.node).rows)
+        return encrypted.advertise(weight, ckks.key_of(self.node, self.plan.get("state")))
 
-STEPS: Mapping[str, Callable[[_Step], Parcel]] = MappingProxyType(
+    def open_sum(self) -> Parcel:
+        """Step 3 under homomorphic encryption."""
+        terms, key = (
+            _terms(self.config, self.parcel),
+            ckks.key_of(self.node, self.plan.get("state")),
+        )
+        return encrypted.opened(terms, self.parcel, key, self.config.secure.min_group)
+
+
+_STEPS: Mapping[str, Mapping[str, Callable[[_Step], Parcel]]] = MappingProxyType(
     {
-        "secure_advertise": _Step.advertise,
-        "secure_share": _Step.share,
-        "secure_confirm": _Step.confirm,
-        "secure_unmask": _Step.unmask,
+        "none": {},
+        "masks": {
+            "secure_advertise": _Step.advertise,
+            "secure_share": _Step.share,
+            "secure_confirm": _Step.confirm,
+            "secure_unmask": _Step.unmask,
+        },
+        "ckks": {"ckks_advertise": _Step.name_key, "ckks_open": _Step.open_sum},
     }
 )
+STEPS = tuple(step for steps in _STEPS.values() for step in steps)
 
 
 def answer(
     step: str, worker: Worker, message: Message, config: Config, node: NodeConfig
 ) -> RecordDict:
     """Answer a question of the server; raises SecureError, ConfigError."""
-    if not config.secure.on:
-        raise SecureError("Expected no step of secure aggregation with secure.aggregation='none'.")
+    kind = config.secure.aggregation
+    if step not in _STEPS[kind]:
+        raise SecureError(f"Expected no {step!r} with secure.aggregation={kind!r}.")
     plan, parcel = _record(message, "plan"), dict(config_of(message.content, "parcel").items())
     asked = _Step(worker, config, node, plan, parcel, worker.name(config, node))
-    return RecordDict({"answer": ConfigRecord(dict(STEPS[step](asked)))})
+    return RecordDict({"answer": ConfigRecord(dict(_STEPS[kind][step](asked)))})
 
 
 @dataclass(frozen=True)
@@ -162,22 +208,16 @@ class Outgoing:
     @classmethod
     def claim(
         cls, config: Config, node: NodeConfig, message: Message, layout: Layout, site: Site
-    ) -> Outgoing | None:
-        """Take the session before training, so that it ends with it; None without aggregation.
+    ) -> Outgoing:
+        """Take the session before training, so that it ends with it.
 
         Raises SecureError for a message that asks for an update outside a session.
         """
-        if not config.secure.on:
-            return None
         plan, content = _record(message, "plan"), message.content
         place = sessions(node, plan, site.name)
         session = place.take()
         terms = session.terms
-        if (terms.round, terms.layout, terms.size) != (plan["round"], layout.digest, layout.size):
-            raise SecureError(
-                f"Expected the round and layout that this site has keys for, {terms.round} and "
-                f"{terms.layout[:12]}, got {plan['round']} and {layout.digest[:12]}."
-            )
+        _check_terms(terms, plan, layout)
         return cls(
             config,
             place,
@@ -188,30 +228,23 @@ class Outgoing:
             compose.weight(config, site.rows),
         )
 
-    def masked(self, delta_D: Tensor) -> ArrayRecord:
+    def hidden(self, delta_D: Tensor) -> ArrayRecord:
         """What leaves the site in place of `delta_D`, (D,) float32."""
-        secure, terms = self.config.secure, self.session.terms
-        generator = None
-        if secure.rounding == "stochastic":
-            seed = derive(self.config.run.seed, "rounding", self.session.site, terms.round)
-            generator = np.random.default_rng(seed)
-        if terms.noise:
-            source = compose.noise_source(self.config, "client", self.session.site, terms.round)
-            words, cut = terms.noise.encode(
-                terms.numbers, delta_D.numpy(), terms.threshold, source, generator
-            )
-        else:
-            scale = self.session.known.scale
-            words, cut = terms.numbers.encode(delta_D.numpy(), self.weight, scale, generator)
-        if cut:
-            log(
-                WARNING, "%d of %d changes exceed secure.range=%g and were cut off.",
-                cut, terms.size, secure.range,
-            )  # fmt: skip
+        terms, scale = self.session.terms, self.session.known.scale
+        words = rounded(self.config, terms, self.session.site, delta_D, self.weight, scale)
         session, hidden = steps.mask(self.session, self.parcel, words, self.model, self.keys.pinned)
         self.sessions.keep(session)
         data = terms.numbers.pack(hidden)
         return pack({MASKED: RawArray("uint8", (len(data),), data)})
+
+
+def _check_terms(terms: Terms, plan: Plan, layout: Layout) -> None:
+    """Refuse an update that is not of the round and layout of its sum; raises SecureError."""
+    if (terms.round, terms.layout, terms.size) != (plan["round"], layout.digest, layout.size):
+        raise SecureError(
+            f"Expected the round and layout that this site has keys for, {terms.round} and "
+            f"{terms.layout[:12]}, got {plan['round']} and {layout.digest[:12]}."
+        )
 
 
 def _terms(config: Config, parcel: Parcel) -> Terms:

@@ -29,6 +29,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "opacus": ("privacy/",),
     "dp_accounting": ("privacy/",),
     "cryptography": ("privacy/",),
+    "tenseal": ("privacy/",),
     "grpc": ("flower_app/stream.py",),
 }
 PICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}

@@ -7,6 +7,7 @@ sites drops out before sending.
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -17,13 +18,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from flower_app.bench import encrypted
 from flower_app.bench.output import Outcome, Progress, table
 from models.layout import Layout
 from models.wire import encode
 from privacy.secure import site as steps
+from privacy.secure.intake import Answers
 from privacy.secure.keys import NodeKey, Pinned
 from privacy.secure.masks import keystream_rate
-from privacy.secure.server import Answers, Summation
+from privacy.secure.server import Summation
 from privacy.secure.terms import Terms
 from strategies.exchange import Parcel, nbytes
 
@@ -118,7 +121,7 @@ class Bench:
 
 
 def measure(quick: bool) -> Outcome:
-    """100 sites of a million numbers each, with 32 and 16 bits on the wire."""
+    """100 sites of a million numbers each, of 32 and 16 bits, behind masks and in ciphertexts."""
     say = Progress()
     sites, size = (20, 100_000) if quick else (100, 1_000_000)
     rate = keystream_rate(64 << 20)
@@ -126,20 +129,31 @@ def measure(quick: bool) -> Outcome:
     for bits in (32, 16):
         say(f"{sites} sites, {size:,} numbers of {bits} bits ...")
         records.append({"bits": bits, **_round(sites, size, bits, rate)})
-    return Outcome(_text(records, sites, size, rate), records)
+    text, found = _text(records, sites, size, rate), list(records)
+    if importlib.util.find_spec("tenseal") is None:
+        return Outcome(f"{text}\n\nWithout CKKS, since florilegium[ckks] is not installed.", found)
+    for bits in (32, 16):
+        say(f"{sites} sites, {size:,} numbers of {bits} bits in ciphertexts ...")
+        found.append({"bits": bits, **encrypted.measured(terms(sites, size, bits), REACH)})
+    return Outcome(f"{text}\n\n{encrypted.text(found[len(records) :])}", found)
+
+
+def terms(sites: int, size: int, bits: int) -> Terms:
+    """One sum of all sites."""
+    names = tuple(f"site {number:03d}" for number in range(sites))
+    layout = Layout(("weight",), ((size,),))
+    return Terms("bench", 1, "group 1", names, layout.digest, size, bits, REACH, "settings")
 
 
 def _round(sites: int, size: int, bits: int, rate: float) -> dict[str, Any]:
-    names = tuple(f"site {number:03d}" for number in range(sites))
-    layout = Layout(("weight",), ((size,),))
-    terms = Terms("bench", 1, "group 1", names, layout.digest, size, bits, REACH, "settings")
+    agreed = terms(sites, size, bits)
     update = 0.01 * torch.randn(size, generator=torch.Generator().manual_seed(0))
-    bench = Bench(terms, update)
-    _check(bench.run(), update, terms.numbers.step)
+    bench = Bench(agreed, update)
+    _check(bench.run(), update, agreed.numbers.step)
     sent = len(bench.server.active)
     plain = 8 * size  # float32 to a site and back
     secure = 4 * size + bench.down / sites + bench.up / sent
-    masks = sites * size * terms.numbers.dtype.itemsize  # bytes of masks that one site adds
+    masks = sites * size * agreed.numbers.dtype.itemsize  # bytes of masks that one site adds
     seconds = bench.seconds
     return {
         "sites": sites,

@@ -12,10 +12,11 @@ from models.section import ConfigError, Section
 class SecureConfig(Section):
     """`secure.*`: secure aggregation."""
 
-    aggregation: Literal["none", "masks"] = Field(
+    aggregation: Literal["none", "masks", "ckks"] = Field(
         "none",
         description="`masks` shows the server sums over groups of sites only (Bonawitz et al. "
-        "2017); `none` shows it each site's update.",
+        "2017); `ckks` too, as long as no site with the secret key helps it (homomorphic "
+        "encryption, an extra); `none` shows it each site's update.",
     )
     bits: int = Field(
         32, ge=8, le=32, description="Bits of a number on the wire, in which a whole sum must fit."

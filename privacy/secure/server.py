@@ -5,21 +5,17 @@ What it is sent is not trusted: a site whose answer does not fit has dropped out
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 
 from privacy.secure.errors import SecureError
 from privacy.secure.fixed_point import Words
+from privacy.secure.intake import Answers, answered
 from privacy.secure.keys import KEY_BYTES, SIGNATURE_BYTES, public
 from privacy.secure.masks import shift
 from privacy.secure.shamir import SHARE_BYTES, ShareError, combine, lagrange
 from privacy.secure.site import commitment, pair_mask, self_mask
 from privacy.secure.terms import Advert, Roster, Terms, below, octets, table
 from strategies.exchange import Parcel
-
-Answers = Mapping[str, Parcel]
 
 
 class Summation:
@@ -58,7 +54,7 @@ class Summation:
     def advertised(self, answers: Answers) -> Answers:
         """Step 1: the adverts that came; what each of those sites is sent for step 2."""
         adverts: list[Advert] = []
-        for site, answer in self._of(answers, self.terms.members):
+        for site, answer in answered(self, answers, self.terms.members):
             try:
                 advert = _advert(site, answer)
                 advert.check_shape(self.terms)
@@ -70,7 +66,7 @@ class Summation:
 
     def shared(self, answers: Answers) -> Answers:
         """Step 2: the sealed shares that came; what each of those sites is sent for step 3."""
-        for site, answer in self._of(answers, self.roster.names):
+        for site, answer in answered(self, answers, self.roster.names):
             try:
                 self._keep_shares(site, answer)
             except SecureError as error:
@@ -117,7 +113,7 @@ class Summation:
     def confirmed(self, answers: Answers) -> Answers:
         """Step 4: the signatures that came; what each of those sites is sent for step 5."""
         signatures: dict[str, bytes] = {}
-        for site, answer in self._of(answers, self.active):
+        for site, answer in answered(self, answers, self.active):
             try:
                 signatures[site] = octets(answer, "signature", SIGNATURE_BYTES)
             except SecureError as error:
@@ -136,7 +132,7 @@ class Summation:
         `model` is the hash of what the sites were sent to train.
         """
         shares: dict[str, dict[str, bytes]] = {}
-        for site, answer in self._of(answers, self._confirmed):
+        for site, answer in answered(self, answers, self._confirmed):
             rows = table(answer, "sites", "shares")
             given = {str(of): s for of, s in rows if isinstance(s, bytes) and len(s) == SHARE_BYTES}
             if set(given) == set(self._sealed):
@@ -175,16 +171,6 @@ class Summation:
             f"either {site!r} or one of {', '.join(holders)} sent a wrong share. The sum stays "
             "closed."
         )
-
-    def _of(self, answers: Answers, expected: tuple[str, ...]) -> list[tuple[str, Any]]:
-        """The answers of those who were asked, by name; all others have dropped out."""
-        for site in expected:
-            if site not in answers:
-                self.failed.setdefault(site, "No answer in time (secure.stage-s).")
-            elif (error := answers[site].get("error")) is not None:
-                self.failed[site] = str(error)
-        good = [site for site in expected if site in answers and "error" not in answers[site]]
-        return [(site, answers[site]) for site in sorted(good)]
 
     def _require(self, sites: list[str] | tuple[str, ...], what: str) -> None:
         if len(sites) >= self.terms.threshold:

@@ -15,7 +15,7 @@ from privacy.secure.fixed_point import FixedPoint
 from privacy.secure.keys import KEY_BYTES, bound
 from strategies.exchange import Parcel
 
-_MAGNITUDE = 30  # a weight is at most 10**9
+MAGNITUDE = 30  # a weight is at most 10**9
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Advert:
     def check_shape(self, terms: Terms) -> None:
         """Raise SecureError for what cannot be an advert of one of the members."""
         keys = all(isinstance(k, bytes) and len(k) == KEY_BYTES for k in self._keys)
-        size = isinstance(self.magnitude, int) and 0 <= self.magnitude <= _MAGNITUDE
+        size = isinstance(self.magnitude, int) and 0 <= self.magnitude <= MAGNITUDE
         if not (keys and size and isinstance(self.signature, bytes)):
             raise SecureError(
                 f"Expected an advert with two keys of {self.site!r:.80}, got another."

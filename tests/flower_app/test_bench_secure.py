@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from flower_app.bench import secure
+from flower_app.bench import encrypted, secure
 
 
 @pytest.mark.parametrize(("bits", "words"), [(32, 4), (16, 2)])
@@ -25,3 +25,16 @@ def test_a_wrong_sum_is_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(secure.Bench, "run", lambda bench: run(bench) + 0.001)
     with pytest.raises(AssertionError, match="the sum is not that of the updates"):
         secure._round(sites=7, size=1000, bits=32, rate=1e9)
+
+
+@pytest.mark.parametrize(("bits", "numbers"), [(32, 1), (16, 2)])
+def test_bytes_in_ciphertexts_are_those_of_the_wire(bits: int, numbers: int) -> None:
+    pytest.importorskip("tenseal", reason="florilegium[ckks] is not installed")
+    size = 20_000
+    record = encrypted.measured(secure.terms(7, size, bits), secure.REACH)
+    ciphertexts = -(-(size / numbers) // 4096) * 4096 * 32
+    opened = (ciphertexts + size * bits // 8) / 6
+    assert record["bytes_secure"] == pytest.approx(4 * size + ciphertexts + opened, rel=0.02)
+    assert record["overhead"] == record["bytes_secure"] / (8 * size)
+    assert all(record[f"{work}_s"] > 0 for work in ("encode", "encrypt", "server", "open"))
+    assert f"{record['overhead']:.3f}" in encrypted.text([{"bits": bits, **record}])

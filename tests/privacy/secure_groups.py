@@ -11,8 +11,9 @@ import numpy as np
 from privacy.secure import site as steps
 from privacy.secure.errors import SecureError
 from privacy.secure.fixed_point import Words
+from privacy.secure.intake import Answers
 from privacy.secure.keys import NodeKey, Pinned
-from privacy.secure.server import Answers, Summation
+from privacy.secure.server import Summation
 from privacy.secure.site import Session
 from privacy.secure.terms import Terms
 from strategies.exchange import Parcel
