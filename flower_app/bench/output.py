@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,6 +46,15 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         return "  ".join([first, *others]).rstrip()
 
     return "\n".join([line(columns), line(["-" * width for width in widths]), *map(line, rows)])
+
+
+def put_into(page: Path, name: str, text: str) -> None:
+    """Replace what a page has between its comments `table:name` and `/table:name`, if any."""
+    pattern = re.compile(f"<!-- table:{name} -->.*?<!-- /table:{name} -->", re.DOTALL)
+    before = page.read_text(encoding="utf-8") if page.is_file() else ""
+    block = f"<!-- table:{name} -->\n{text}\n<!-- /table:{name} -->"
+    if pattern.search(before):
+        page.write_text(pattern.sub(lambda _: block, before), encoding="utf-8")
 
 
 def machine() -> str:

@@ -8,7 +8,6 @@ import hashlib
 import importlib
 import json
 import math
-import re
 import statistics
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flower_app.bench.output import put_into
 from flower_app.local import environment, flwr_run, stop_on_terminate, superlink
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -305,12 +305,9 @@ def settings(study: Study) -> str:
 
 
 def _write_table(name: str, study: Study, summaries: Sequence[Mapping[str, Any]]) -> None:
-    block = f"<!-- table:{name} -->\n{table(study, summaries)}\n<!-- /table:{name} -->"
-    print(block)
-    pattern = re.compile(f"<!-- table:{name} -->.*?<!-- /table:{name} -->", re.DOTALL)
-    page = PAGE.read_text() if PAGE.is_file() else ""
-    if pattern.search(page):
-        PAGE.write_text(pattern.sub(lambda _: block, page))
+    found = table(study, summaries)
+    print(found)
+    put_into(PAGE, name, found)
 
 
 if __name__ == "__main__":
