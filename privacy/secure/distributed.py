@@ -86,7 +86,10 @@ class Noise:
         Raises ConfigError for an update that is not finite.
         """
         if not np.isfinite(update_D).all():
-            raise ConfigError("Expected a finite update to add noise to; lower train.learning-rate")
+            raise ConfigError(
+                "Expected a finite update to add noise to, got one that is not; lower "
+                "train.learning-rate."
+            )
         size = len(update_D)
         bounded_D = clipped(torch.from_numpy(update_D), self.clip_norm).numpy()
         words, cut = numbers.encode(bounded_D, 1, 1, generator)

@@ -18,6 +18,7 @@ from privacy import noise as sources
 from privacy.client_level import clipped
 from privacy.secure.distributed import Noise
 from privacy.secure.fixed_point import FixedPoint, Words
+from privacy.secure.intake import SumIntake
 from privacy.secure.site import Session
 from privacy.secure.terms import threshold
 from tests.privacy.secure_groups import Group, terms, update
@@ -70,6 +71,19 @@ def test_the_threshold_holds_the_right_scale_and_two_wrong_ones_are_found() -> N
     for wrong in (2 / 3, 3 / 2):
         other = replace(NOISE, multiplier=NOISE.multiplier * wrong)
         assert p_value(noise_of_a_sum(other, ("cat",)), right) < 1e-9
+
+
+def test_a_site_that_drops_out_counts_as_zero() -> None:
+    quiet = Noise(clip_norm=10.0, multiplier=1e-7, rounding=0.5)
+    group = Noisy(terms(noise=quiet))
+    words = group.advertise().share().mask(["cat"]).confirm().opened()
+    intake = SumIntake([group.server], "masked", lambda *asked: {}, 1.0, 1e4)
+    intake._keep(group.server, words, 1)
+    got = intake._received()
+    stayed = [name for name in group.terms.members if name != "cat"]
+    total = np.sum([update(name, 5) for name in stayed], axis=0)
+    assert got.counted == tuple(stayed) and got.weights == {"group 1": 6.0}
+    assert np.allclose(got.rows["group 1"].numpy(), total / 6, atol=1e-5)
 
 
 SIZES = st.integers(1, 40)
@@ -147,7 +161,7 @@ def test_numbers_without_room_are_refused() -> None:
 def test_an_update_that_is_not_finite_is_refused() -> None:
     numbers = NOISE.numbers(32, 1.0, 6, 5, 2)
     for wrong in (np.nan, np.inf):
-        with pytest.raises(ConfigError, match="finite update"):
+        with pytest.raises(ConfigError, match=r"finite update .*; lower train"):
             NOISE.encode(numbers, np.array([0, wrong], np.float32), 5, sources.seeded(0))
 
 
