@@ -217,13 +217,16 @@ def resolve(study: Study, data: Path, seed: int) -> dict[str, Value]:
     return config
 
 
-def run_study(study: Study, data: Path, seed: int) -> dict[str, Any]:
-    """One `flwr run` in simulation; returns its summary. Raises RuntimeError without one."""
+def run_study(study: Study, data: Path, seed: int, *, share: float = 1) -> dict[str, Any]:
+    """One `flwr run` in simulation; returns its summary. Raises RuntimeError without one.
+
+    A worker takes this `share` of a core.
+    """
     with tempfile.TemporaryDirectory(prefix="florilegium-") as folder:
         home = Path(folder)
         config = resolve(study, data, seed) | {"run.output-dir": str(home / "runs")}
         with superlink(home, simulation=True):
-            federation = {"num-supernodes": study.sites, "client-resources-num-cpus": 1}
+            federation = {"num-supernodes": study.sites, "client-resources-num-cpus": share}
             command = flwr_run(home, ROOT, config, federation=federation)
             output = subprocess.run(
                 command, env=environment(home), cwd=home, capture_output=True, text=True,

