@@ -16,6 +16,8 @@ from flwr.common.serde import config_record_from_proto, config_record_to_proto
 from safetensors.torch import load_file
 
 from models.section import ConfigError
+from privacy.accounting import spent
+from privacy.ledger import Ledger
 from strategies.flower import RoundError
 from strategies.messages import arrays_of
 from tests.fakes import Answer, FakeGrid
@@ -199,6 +201,20 @@ def test_deployed_sites_with_keys_of_their_own(nodes: Nodes) -> None:
     folder, _ = deployed(nodes)
     assert_close(folder, reference, 2e-6)
     assert [file for file in (nodes.folder / "state").rglob("*.json")] == []
+
+
+def test_deployed_sites_add_noise_in_shares_from_their_own_generators(nodes: Nodes) -> None:
+    write_keys(nodes.folder / "keys")
+    shared = {"privacy__unit": "client", "privacy__place": "distributed"}
+    shared |= {"privacy__epsilon": 5.0, "privacy__clip_norm": 0.1, "run__rounds": 1}
+    folder, _ = deployed(nodes, **shared, strategy__weighting="uniform")
+    (event,) = Ledger(nodes.folder / "state" / "ledger.jsonl").events()[-1:]
+    (row,) = rows(folder, "round")
+    size = sum(tensor.numel() for tensor in payload(folder).values())
+    assert (event.mechanism, event.noise_at) == ("discrete-gaussian", "sites")
+    assert 4.9 < spent([event], 1e-5) <= 5.0
+    expected = event.noise_multiplier * 0.1 / 3
+    assert row["update_norm"] / size**0.5 == pytest.approx(expected, rel=0.1)
 
 
 def test_a_key_that_is_not_pinned_is_named(nodes: Nodes) -> None:
