@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.common.serde import config_record_from_proto, config_record_to_proto
 from safetensors.torch import load_file
@@ -22,7 +20,8 @@ from strategies.flower import RoundError
 from strategies.messages import arrays_of
 from tests.fakes import Answer, FakeGrid
 from tests.flower_app.nodes import NAMES, Nodes
-from tests.flower_app.runs import bytes_below, deploy, rows, run, simulate
+from tests.flower_app.runs import Shared, bytes_below, deploy, rows, run, simulate
+from tests.nodekeys import write_keys
 
 MASKS: dict[str, Any] = {"secure__aggregation": "masks"}
 
@@ -48,11 +47,11 @@ LOW: dict[str, Any] = {
 
 @pytest.mark.parametrize(("settings", "step"), [({}, 1e-6), (LOW, 1e-4)])
 def test_a_secure_run_equals_a_plain_one(
-    nodes: Nodes, settings: Mapping[str, Any], step: float
+    nodes: Nodes, shared: Shared, settings: Mapping[str, Any], step: float
 ) -> None:
     plain = {key: value for key, value in settings.items() if not key.startswith("secure")}
     reference, _ = simulate(nodes, "plain", plain)
-    folder, grid = simulate(nodes, "secure", MASKS | dict(settings))
+    folder, grid = shared.simulate(MASKS | dict(settings))
     assert_close(folder, reference, 2 * step)
     moved = payload(folder)
     assert any(bool(t.abs().sum() > 0) for name, t in moved.items() if "lora_B" in name)
@@ -99,10 +98,10 @@ def held(messages: Iterable[Message], record: str) -> int:
     return total
 
 
-def test_the_same_seed_gives_the_same_bytes(nodes: Nodes) -> None:
+def test_the_same_seed_gives_the_same_bytes(nodes: Nodes, shared: Shared) -> None:
     """Masks are fresh each time, and leave no trace in the sum."""
-    one, _ = simulate(nodes, "one", MASKS | {"secure__bits": 16})
-    other, _ = simulate(nodes, "other", MASKS | {"secure__bits": 16})
+    one, _ = shared.simulate(MASKS)
+    other, _ = simulate(nodes, "other", MASKS)
     assert bytes_below(one / "checkpoint") == bytes_below(other / "checkpoint")
 
 
@@ -161,23 +160,6 @@ def test_a_median_of_sums(nodes: Nodes) -> None:
     assert any(bool(t.abs().sum() > 0) for n, t in payload(folder).items() if "lora_B" in n)
 
 
-def write_keys(folder: Path) -> None:
-    """A key for each site, and the folder of public ones."""
-    (folder / "peers").mkdir(parents=True)
-    for name in NAMES:
-        key = Ed25519PrivateKey.generate()
-        pem = key.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.PKCS8,
-            serialization.NoEncryption(),
-        )
-        (folder / f"{name}.pem").write_bytes(pem)
-        public = key.public_key().public_bytes(
-            serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
-        )
-        (folder / "peers" / f"{name}.pem").write_bytes(public)
-
-
 def deployed(nodes: Nodes, **keys: Any) -> tuple[Path, FakeGrid]:
     folder = nodes.folder / "keys"
     keys = {"run__output_dir": str(nodes.folder / "runs")} | keys
@@ -196,7 +178,7 @@ def deployed(nodes: Nodes, **keys: Any) -> tuple[Path, FakeGrid]:
 
 
 def test_deployed_sites_with_keys_of_their_own(nodes: Nodes) -> None:
-    write_keys(nodes.folder / "keys")
+    write_keys(nodes.folder / "keys", NAMES)
     reference, _ = deploy(nodes, "plain")
     folder, _ = deployed(nodes)
     assert_close(folder, reference, 2e-6)
@@ -218,7 +200,7 @@ def test_deployed_sites_add_noise_in_shares_from_their_own_generators(nodes: Nod
 
 
 def test_a_key_that_is_not_pinned_is_named(nodes: Nodes) -> None:
-    write_keys(nodes.folder / "keys")
+    write_keys(nodes.folder / "keys", NAMES)
     wrong = nodes.folder / "keys" / "peers"
     (wrong / "east.pem").write_bytes((wrong / "west.pem").read_bytes())
     with pytest.raises(ConfigError, match=r"Expected east.pem in the folder of 'peers-path'"):

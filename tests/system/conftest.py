@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from flower_app.local import superlink
-from tests.system.runs import NAMES, Value, site_rows
+from tests.system.runs import NAMES, Value, WholeRun, finish, run_app, site_rows
 
 
 @pytest.fixture(scope="session")
@@ -35,8 +35,23 @@ def small_run(tiny_models: Mapping[str, Path], pooled_rows: Path) -> dict[str, V
         "run.rounds": 3,
         "model.name": str(tiny_models["llama"]),
         "data.source": str(pooled_rows),
-        "train.steps": 2,
+        "train.steps": 6,
         "train.batch-size": 4,
         "train.max-length": 32,
         "train.threads": 1,
     }
+
+
+@pytest.fixture(scope="session")
+def whole_run(
+    simulation: Path, small_run: dict[str, Value], tmp_path_factory: pytest.TempPathFactory
+) -> WholeRun:
+    """A run that nothing disturbed; others must end with the same bytes."""
+    folder = tmp_path_factory.mktemp("whole")
+    config = small_run | {
+        "strategy.server-optimizer": "adam", "strategy.server-learning-rate": 0.01,
+    }  # fmt: skip
+    here = {"run.output-dir": str(folder), "run.baselines": True}
+    output = finish(run_app(simulation, config | here, sites=3))
+    assert (folder / "latest" / "summary.json").is_file(), output
+    return WholeRun(config, folder, output)

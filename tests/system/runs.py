@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from flower_app.local import environment, flwr_run
@@ -12,6 +13,15 @@ from flower_app.local import environment, flwr_run
 Value = bool | int | float | str
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("fern", "moss", "thyme")
+
+
+@dataclass(frozen=True)
+class WholeRun:
+    """The config of a finished run but for its output folder, that folder, and what it said."""
+
+    config: dict[str, Value]
+    folder: Path
+    output: str
 
 
 def site_rows(name: str, count: int = 24) -> list[dict[str, str]]:

@@ -6,23 +6,20 @@ import html
 import json
 import os
 import signal
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from tests.system.runs import Value, adapter_bytes, finish, run_app, wait_for
+from tests.system.runs import Value, WholeRun, adapter_bytes, finish, run_app, wait_for
 
 
-def test_run_leaves_everything_promised(
-    simulation: Path, small_run: dict[str, Value], tmp_path: Path
-) -> None:
-    config = small_run | {"run.output-dir": str(tmp_path), "run.baselines": True}
-    output = finish(run_app(simulation, config, sites=3))
-    run = tmp_path / "latest"
-    assert (run / "summary.json").is_file(), output
+def test_run_leaves_everything_promised(whole_run: WholeRun) -> None:
+    run = whole_run.folder / "latest"
     summary = json.loads((run / "summary.json").read_text())
     for key in ("zero_shot", "local", "federated", "central"):
         assert set(summary[key]) >= {"loss", "perplexity"}, key
@@ -42,15 +39,15 @@ def test_run_leaves_everything_promised(
     assert {path.name for path in run.iterdir()} == promised | {"summary.json"}
     assert "mode = " not in (run / "config.toml").read_text()
     assert "federated-learning" in (run / "adapter" / "README.md").read_text()
-    base = AutoModelForCausalLM.from_pretrained(str(small_run["model.name"]))
+    base = AutoModelForCausalLM.from_pretrained(str(whole_run.config["model.name"]))
     tuned = PeftModel.from_pretrained(base, run / "adapter")
     tokens = torch.tensor([[1, 5, 9]])
     with torch.no_grad(), tuned.disable_adapter():
         before = tuned(tokens).logits
     with torch.no_grad():
         assert not torch.equal(tuned(tokens).logits, before)
-    assert "Federated" in output
-    assert str(run.resolve()) in output
+    assert "Federated" in whole_run.output
+    assert str(run.resolve()) in whole_run.output
 
 
 def _simulation_pid(home: Path) -> int | None:
@@ -76,51 +73,59 @@ def _kill_server(home: Path) -> None:
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the server's process in /proc")
 def test_resume_after_kill_ends_with_the_same_bytes(
-    simulation: Path, small_run: dict[str, Value], tmp_path: Path
+    simulation: Path, whole_run: WholeRun, tmp_path: Path
 ) -> None:
-    config = small_run | {"run.rounds": 4, "strategy.server-optimizer": "adam"}
-    config |= {"strategy.server-learning-rate": 0.01, "train.steps": 6}
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    output = finish(run_app(simulation, config | {"run.output-dir": str(whole)}, sites=3))
-    expected = adapter_bytes(whole)
-    assert "adapter_model.safetensors" in expected, output
-
-    checkpoint = killed / "latest" / "checkpoint" / "checkpoint.json"
-
-    def done(round_: int) -> bool:
-        return checkpoint.is_file() and json.loads(checkpoint.read_text())["round"] >= round_
-
-    first = run_app(simulation, config | {"run.output-dir": str(killed)}, sites=3)
-    wait_for(lambda: done(1))
+    config = whole_run.config | {"run.output-dir": str(tmp_path)}
+    checkpoint = tmp_path / "latest" / "checkpoint" / "checkpoint.json"
+    killed = run_app(simulation, config, sites=3)
+    wait_for(checkpoint.is_file)
     _kill_server(simulation)  # in the middle of round 2, most likely
-    first.kill()  # it would wait for the SuperLink to miss the server's heartbeats
-    assert not (killed / "latest" / "adapter").exists()
+    killed.kill()  # it would wait for the SuperLink to miss the server's heartbeats
+    assert json.loads(checkpoint.read_text())["round"] < 3
+    assert not (tmp_path / "latest" / "adapter").exists()
 
-    resumed = config | {"run.output-dir": str(killed), "run.resume": "latest"}
-    second = run_app(simulation, resumed, sites=3)
-    wait_for(lambda: done(3))
-    _kill_server(simulation)
-    second.kill()
-
-    output = finish(run_app(simulation, resumed, sites=3))
-    assert adapter_bytes(killed) == expected, output
-    rows = (killed / "latest" / "metrics.jsonl").read_text().splitlines()
+    output = finish(run_app(simulation, config | {"run.resume": "latest"}, sites=3))
+    assert adapter_bytes(tmp_path) == adapter_bytes(whole_run.folder), output
+    rows = (tmp_path / "latest" / "metrics.jsonl").read_text().splitlines()
     rounds = [row["round"] for row in map(json.loads, rows) if row["kind"] == "round"]
-    assert rounds == [1, 2, 3, 4]
+    assert rounds == [1, 2, 3]
+
+
+@dataclass(frozen=True)
+class FullRun:
+    """A whole model, trained by one site of two: the other has nothing to learn from."""
+
+    folder: Path
+    output: str
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        return dict(json.loads((self.folder / "summary.json").read_text()))
+
+
+@pytest.fixture(scope="module")
+def full_run(
+    simulation: Path, small_run: dict[str, Value], tmp_path_factory: pytest.TempPathFactory
+) -> FullRun:
+    folder = tmp_path_factory.mktemp("full")
+    rows = [{"site": "fern", "text": f"row {i}"} for i in range(20)]
+    rows += [{"site": "moss", "text": ""}] * 3
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = small_run | {
+        "run.output-dir": str(folder), "run.rounds": 2, "data.source": str(path),
+        "payload.kind": "full", "model.from-scratch": True,
+    }  # fmt: skip
+    output = finish(run_app(simulation, config, sites=2))
+    return FullRun(folder / "latest", output)
 
 
 def test_a_whole_model_is_trained_from_random_weights(
-    simulation: Path, small_run: dict[str, Value], tmp_path: Path
+    full_run: FullRun, small_run: dict[str, Value]
 ) -> None:
-    config = small_run | {
-        "run.output-dir": str(tmp_path), "run.rounds": 2, "payload.kind": "full",
-        "model.from-scratch": True,
-    }  # fmt: skip
-    output = finish(run_app(simulation, config, sites=3))
-    assert (tmp_path / "latest" / "summary.json").is_file(), output
-    summary = json.loads((tmp_path / "latest" / "summary.json").read_text())
-    assert summary["federated"]["loss"] < summary["zero_shot"]["loss"]
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "latest" / "adapter")
+    summary = full_run.summary
+    assert summary["federated"]["loss"] < summary["zero_shot"]["loss"], full_run.output
+    model = AutoModelForCausalLM.from_pretrained(full_run.folder / "adapter")
     trained = sum(parameter.numel() for parameter in model.parameters())
     assert summary["trainable_parameters"] == trained
     # The weights that `small_run` names were not the start.
@@ -132,6 +137,17 @@ def test_a_whole_model_is_trained_from_random_weights(
     )
 
 
+def test_failing_site_is_left_out_with_its_reason(full_run: FullRun) -> None:
+    summary = full_run.summary
+    assert summary["sites"] == ["fern"], full_run.output
+    assert "takes no part" in full_run.output
+    left_out = [entry for entry in summary["quarantined"] if entry["status"] == "refused"]
+    assert [entry["round"] for entry in left_out] == [0]
+    assert "train.max-length" in left_out[0]["reason"]
+    page = html.unescape((full_run.folder / "report.html").read_text())
+    assert left_out[0]["reason"] in page
+
+
 def test_bad_configuration_is_refused_before_anything_is_loaded(
     simulation: Path, small_run: dict[str, Value], tmp_path: Path
 ) -> None:
@@ -139,35 +155,3 @@ def test_bad_configuration_is_refused_before_anything_is_loaded(
     output = finish(run_app(simulation, config, sites=3))
     assert "Expected payload.rank" in output
     assert not list(tmp_path.iterdir())
-
-
-def test_failing_site_is_left_out_with_its_reason(
-    simulation: Path, small_run: dict[str, Value], tmp_path: Path
-) -> None:
-    rows = [{"site": "fern", "text": f"row {i}"} for i in range(20)]
-    rows += [{"site": "moss", "text": ""}] * 3  # nothing to learn there
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = small_run | {"data.source": str(path), "run.rounds": 1}
-    output = finish(run_app(simulation, config | {"run.output-dir": str(tmp_path)}, sites=2))
-    summary = json.loads((tmp_path / "latest" / "summary.json").read_text())
-    assert summary["sites"] == ["fern"], output
-    assert "takes no part" in output
-    left_out = [entry for entry in summary["quarantined"] if entry["status"] == "refused"]
-    assert [entry["round"] for entry in left_out] == [0]
-    assert "train.max-length" in left_out[0]["reason"]
-    assert left_out[0]["reason"] in html.unescape((tmp_path / "latest" / "report.html").read_text())
-
-
-def test_a_secure_run_in_flower_s_own_form(
-    simulation: Path, small_run: dict[str, Value], tmp_path: Path
-) -> None:
-    config = small_run | {"run.output-dir": str(tmp_path), "secure.aggregation": "masks"}
-    output = finish(run_app(simulation, config | {"run.rounds": 2}, sites=3))
-    run = tmp_path / "latest"
-    assert (run / "summary.json").is_file(), output
-    summary = json.loads((run / "summary.json").read_text())
-    assert summary["federated"]["loss"] < summary["zero_shot"]["loss"]
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [row["status"] for row in rows if row["kind"] == "site"] == ["ok"] * 6
-    assert not [path for path in (run / "sites").rglob("*") if path.is_file()]
