@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
 from flower_app import run as server
 from tests.flower_app.nodes import Nodes
+from tests.flower_app.runs import Shared
 
 
 @pytest.fixture
@@ -32,3 +33,12 @@ def nodes(
 ) -> Nodes:
     """Three sites with rows of their own on the tiny Llama."""
     return Nodes(tmp_path, tiny_models["llama"], monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def shared(
+    tiny_models: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Shared]:
+    """Whole runs of such sites, for several tests of a file."""
+    with pytest.MonkeyPatch.context() as patch:
+        yield Shared(Nodes(tmp_path_factory.mktemp("shared"), tiny_models["llama"], patch))

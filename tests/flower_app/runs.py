@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,38 @@ def deploy(
     configs = [nodes.deployed(site, state_path=state) for site in NAMES]
     grid = nodes.grid(*configs, **keys)
     return run(nodes, grid, **keys), grid
+
+
+@dataclass
+class Shared:
+    """Whole runs that several tests of a file look at, each held once: leave them as they are."""
+
+    nodes: Nodes
+    _held: dict[str, tuple[Path, FakeGrid]] = field(default_factory=dict)
+
+    def simulate(
+        self, settings: Mapping[str, Any] | None = None, **more: Any
+    ) -> tuple[Path, FakeGrid]:
+        """The simulation with these keys."""
+        return self._once(simulate, dict(settings or {}) | more)
+
+    def deploy(
+        self, settings: Mapping[str, Any] | None = None, **more: Any
+    ) -> tuple[Path, FakeGrid]:
+        """The run between deployed sites with these keys."""
+        return self._once(deploy, dict(settings or {}) | more)
+
+    def state(self, run: Path) -> Path:
+        """What the deployed sites of a run keep."""
+        return self.nodes.folder / f"{run.parent.name}-state"
+
+    def _once(
+        self, start: Callable[..., tuple[Path, FakeGrid]], keys: Mapping[str, Any]
+    ) -> tuple[Path, FakeGrid]:
+        known = f"{start.__name__} {sorted(keys.items())}"
+        if known not in self._held:
+            self._held[known] = start(self.nodes, f"run-{len(self._held)}", keys)
+        return self._held[known]
 
 
 def bytes_below(folder: Path) -> dict[str, bytes]:

@@ -21,7 +21,7 @@ from models.section import ConfigError
 from strategies.messages import decode_all
 from tests.fakes import FakeGrid, at_the_server
 from tests.flower_app.nodes import NAMES, Nodes
-from tests.flower_app.test_personal import Killed, bytes_below, killed_in, rows
+from tests.flower_app.runs import Killed, Shared, bytes_below, killed_in, rows
 
 
 def simulate(
@@ -80,8 +80,10 @@ def test_a_round_ends_with_the_mean_of_what_the_sites_trained(nodes: Nodes, rule
 
 
 @pytest.mark.parametrize("rule", ["lora-exact", "lora-stack"])
-def test_the_saved_adapter_scores_what_the_sites_scored(nodes: Nodes, rule: str) -> None:
-    folder, grid = simulate(nodes, "runs", rule)
+def test_the_saved_adapter_scores_what_the_sites_scored(
+    nodes: Nodes, shared: Shared, rule: str
+) -> None:
+    folder, grid = shared.simulate(strategy__rule=rule, run__rounds=3)
     (final,) = [row for row in rows(folder, "evaluation") if row["round"] == 3]
     model = saved(nodes, folder)
     assert max(model.peft_config["default"].rank_pattern.values()) > 2
@@ -97,8 +99,8 @@ def test_the_saved_adapter_scores_what_the_sites_scored(nodes: Nodes, rule: str)
 
 
 @pytest.mark.parametrize("rule", ["lora-exact", "lora-stack"])
-def test_a_killed_run_ends_with_the_same_bytes(nodes: Nodes, rule: str) -> None:
-    whole, _ = simulate(nodes, "whole", rule)
+def test_a_killed_run_ends_with_the_same_bytes(nodes: Nodes, shared: Shared, rule: str) -> None:
+    whole, _ = shared.simulate(strategy__rule=rule, run__rounds=3)
     simulate(nodes, "cut", rule, kill_in=3)
     nodes.restart()
     again, _ = simulate(nodes, "cut", rule, run__resume="latest")
@@ -108,8 +110,8 @@ def test_a_killed_run_ends_with_the_same_bytes(nodes: Nodes, rule: str) -> None:
     ]
 
 
-def test_bytes_down_hold_the_fold_and_say_so(nodes: Nodes) -> None:
-    folder, grid = simulate(nodes, "runs", "lora-stack")
+def test_bytes_down_hold_the_fold_and_say_so(nodes: Nodes, shared: Shared) -> None:
+    folder, grid = shared.simulate(strategy__rule="lora-stack", run__rounds=3)
     payload = 4 * sum(tensor.numel() for tensor in nodes.start().values())
     sent: dict[str, int] = {}
     for question in grid.questions:
@@ -127,7 +129,7 @@ def test_bytes_down_hold_the_fold_and_say_so(nodes: Nodes) -> None:
 
 def test_baselines_start_without_a_fold(nodes: Nodes) -> None:
     plain = nodes.ask("train.baseline", nodes.simulated(0), nodes.start(), {"site": "north"})
-    simulate(nodes, "runs", "lora-exact")  # leaves a fold in this process
+    simulate(nodes, "runs", "lora-exact", run__rounds=2)  # leaves a fold in this process
     after = nodes.ask("train.baseline", nodes.simulated(0), nodes.start(), {"site": "north"})
     assert dict(plain.config_records["report"]) == dict(after.config_records["report"])
 
@@ -135,7 +137,7 @@ def test_baselines_start_without_a_fold(nodes: Nodes) -> None:
 def test_text_is_generated_with_what_was_folded(
     nodes: Nodes, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder, _ = simulate(nodes, "runs", "lora-exact", train__learning_rate=0.05)
+    folder, _ = simulate(nodes, "runs", "lora-exact", train__learning_rate=0.05, run__rounds=2)
     said = []
     for extra in ([], ["--base"]):
         arguments = ["--run", str(folder), "--prompt", "the cat", "--max-new-tokens", "12"]

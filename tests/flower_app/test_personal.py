@@ -16,13 +16,13 @@ from models.section import ConfigError
 from strategies.flower import RoundError
 from tests.fakes import FakeGrid
 from tests.flower_app.nodes import NAMES, Nodes
-from tests.flower_app.runs import Killed, bytes_below, deploy, killed_in, rows, simulate
+from tests.flower_app.runs import Killed, Shared, bytes_below, deploy, killed_in, rows, simulate
 
 PERSONAL: dict[str, Any] = {"payload__personal": "lora_B", "run__rounds": 3}
 
 
-def test_personal_parts_never_travel(nodes: Nodes) -> None:
-    folder, grid = simulate(nodes, "runs", PERSONAL)
+def test_personal_parts_never_travel(nodes: Nodes, shared: Shared) -> None:
+    folder, grid = shared.simulate(PERSONAL)
     sent = [dict(q.content.array_records) for q in grid.questions]
     travelling = [name for records in sent if records for name in records["arrays"]]
     assert travelling and all(".lora_A." in name for name in travelling)
@@ -33,8 +33,8 @@ def test_personal_parts_never_travel(nodes: Nodes) -> None:
     assert [row["status"] for row in rows(folder, "site")] == ["ok"] * 9
 
 
-def test_each_site_keeps_a_part_of_its_own(nodes: Nodes) -> None:
-    folder, _ = simulate(nodes, "runs", PERSONAL)
+def test_each_site_keeps_a_part_of_its_own(nodes: Nodes, shared: Shared) -> None:
+    folder, _ = shared.simulate(PERSONAL)
     start = {f"personal/{name}" for name in nodes.start() if ".lora_B." in name}
     last = [load_file(folder / "sites" / name / "round-00003.safetensors") for name in NAMES]
     for tensors in last:
@@ -67,10 +67,11 @@ def test_a_site_s_adapter_scores_what_the_run_reports(nodes: Nodes) -> None:
 
 @pytest.mark.parametrize("start", [simulate, deploy], ids=["simulation", "deployment"])
 def test_a_killed_run_ends_with_the_same_bytes(
-    nodes: Nodes, start: Callable[..., tuple[Path, FakeGrid]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole, _ = start(nodes, "whole", PERSONAL)
-    expected = bytes_below(whole) | bytes_below(nodes.folder / "whole-state" / whole.name)
+    nodes: Nodes, shared: Shared, start: Callable[..., tuple[Path, FakeGrid]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    whole, _ = (shared.simulate if start is simulate else shared.deploy)(PERSONAL)
+    expected = bytes_below(whole) | bytes_below(shared.state(whole) / whole.name)
     make = nodes.grid
 
     def dying(*configs: Mapping[str, Any], **extra: Any) -> FakeGrid:
@@ -122,15 +123,16 @@ def test_what_cannot_stay_is_refused(nodes: Nodes, keys: dict[str, Any], message
         simulate(nodes, "runs", PERSONAL, **keys)
 
 
-def test_a_deployed_site_hears_of_no_folder_of_the_server(nodes: Nodes) -> None:
-    folder, grid = deploy(nodes, "runs", PERSONAL)
+@pytest.mark.usefixtures("one_thread")
+def test_a_deployed_site_hears_of_no_folder_of_the_server(shared: Shared) -> None:
+    folder, grid = shared.deploy(PERSONAL)
     assert not (folder / "sites").exists()
     for question in grid.questions:
         if question.metadata.message_type != "query":
             plan = dict(question.content.config_records["plan"])
             assert plan.keys() == {"round", "layout", "run", "counted"}
             assert plan["run"] == folder.name
-    kept = nodes.folder / "runs-state" / folder.name
+    kept = shared.state(folder) / folder.name
     assert sorted(site.name for site in kept.iterdir()) == sorted(NAMES)
 
 

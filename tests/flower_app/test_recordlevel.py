@@ -18,7 +18,16 @@ from models.section import ConfigError
 from privacy.accounting import spent
 from privacy.ledger import Ledger
 from tests.flower_app.nodes import Nodes, raw
-from tests.flower_app.runs import Killed, bytes_below, deploy, killed_in, rows, run, simulate
+from tests.flower_app.runs import (
+    Killed,
+    Shared,
+    bytes_below,
+    deploy,
+    killed_in,
+    rows,
+    run,
+    simulate,
+)
 
 DP: dict[str, Any] = {"privacy__unit": "record", "privacy__noise_multiplier": 1.0}
 SEEDED = DP | {"privacy__noise_source": "seeded"}
@@ -31,8 +40,10 @@ def ledgers(folder: Path) -> list[Ledger]:
     return [Ledger(path) for path in sorted((folder / "sites").glob("*/ledger.jsonl"))]
 
 
-def test_a_simulation_trains_with_noise_and_accounts_for_every_step(nodes: Nodes) -> None:
-    folder, _ = simulate(nodes, "private", SEEDED, privacy__metrics="exact")
+def test_a_simulation_trains_with_noise_and_accounts_for_every_step(
+    nodes: Nodes, shared: Shared
+) -> None:
+    folder, _ = shared.simulate(SEEDED, privacy__metrics="exact")
     summary = json.loads((folder / "summary.json").read_text())
     assert math.isfinite(summary["federated"]["loss"])
     assert all(row["status"] == "ok" for row in rows(folder, "site"))
@@ -49,22 +60,20 @@ def test_a_simulation_trains_with_noise_and_accounts_for_every_step(nodes: Nodes
     assert len(ledgers(folder)) == 3
 
 
-def test_same_seed_same_bytes_but_never_with_the_secure_source(nodes: Nodes) -> None:
-    found = [bytes_below(simulate(nodes, f"s{at}", FAST)[0] / "adapter") for at in range(2)]
-    assert found[0] == found[1]
-    found = [
-        bytes_below(
-            simulate(nodes, f"r{at}", FAST | {"privacy__noise_source": "secure"})[0] / "adapter"
-        )
-        for at in range(2)
-    ]
+def test_same_seed_same_bytes_but_never_with_the_secure_source(
+    nodes: Nodes, shared: Shared
+) -> None:
+    again, _ = simulate(nodes, "again", FAST)
+    assert bytes_below(again / "adapter") == bytes_below(shared.simulate(FAST)[0] / "adapter")
+    secure = FAST | {"privacy__noise_source": "secure", "run__rounds": 1}
+    found = [bytes_below(simulate(nodes, f"r{at}", secure)[0] / "adapter") for at in range(2)]
     assert found[0] != found[1]
 
 
 def test_a_run_that_was_killed_ends_with_the_same_bytes(
-    nodes: Nodes, monkeypatch: pytest.MonkeyPatch
+    nodes: Nodes, shared: Shared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, _ = simulate(nodes, "whole", FAST)
+    whole, _ = shared.simulate(FAST)
     keys = FAST | {"run__output_dir": str(nodes.folder / "stopped")}
     grid = nodes.grid(*map(nodes.simulated, range(3)), **keys)
     killed_in(grid, 2, monkeypatch)
@@ -109,7 +118,7 @@ def page(folder: Path) -> str:
 
 @pytest.mark.usefixtures("reports")
 def test_the_report_says_what_stayed_and_what_had_noise(nodes: Nodes) -> None:
-    folder, _ = simulate(nodes, "withheld", FAST)
+    folder, _ = simulate(nodes, "withheld", FAST, run__rounds=1)
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["federated"] is None and summary["tokens_per_s"] is None
     assert "Scores stayed at the sites" in page(folder)
@@ -121,10 +130,10 @@ def test_the_report_says_what_stayed_and_what_had_noise(nodes: Nodes) -> None:
     assert "held-out rows are public" in page(folder)
 
 
-def test_scores_leave_with_noise_and_are_accounted(nodes: Nodes) -> None:
+def test_scores_leave_with_noise_and_are_accounted(nodes: Nodes, shared: Shared) -> None:
     keys = SEEDED | {"privacy__metrics": "noised", "privacy__metrics_noise_multiplier": 0.5}
     folder, _ = simulate(nodes, "noised", keys)
-    exact, _ = simulate(nodes, "exact", SEEDED, privacy__metrics="exact")
+    exact, _ = shared.simulate(SEEDED, privacy__metrics="exact")
     assert bytes_below(folder / "adapter") == bytes_below(exact / "adapter")
     for row, other in zip(rows(folder, "evaluation"), rows(exact, "evaluation"), strict=True):
         assert row["loss"] != other["loss"]
@@ -180,7 +189,7 @@ def test_a_method_that_is_not_exact_is_refused_at_the_roll_call(nodes: Nodes) ->
 )  # fmt: skip
 def test_payloads_and_corrections_train_in_private(nodes: Nodes, keys: dict[str, Any]) -> None:
     folder, _ = simulate(nodes, "run", FAST, **keys)
-    assert [row["status"] for row in rows(folder, "site")] == ["ok"] * 6
+    assert [row["status"] for row in rows(folder, "site")] == ["ok"] * 6  # of two rounds
 
 
 def test_a_site_of_lower_rank_sends_zeros_above_it(nodes: Nodes) -> None:

@@ -15,7 +15,7 @@ from models.section import ConfigError
 from strategies.flower import RoundError
 from tests.fakes import Answer, FakeGrid
 from tests.flower_app.nodes import NAMES, Nodes
-from tests.flower_app.runs import Killed, bytes_below, deploy, killed_in, rows, simulate
+from tests.flower_app.runs import Killed, Shared, bytes_below, deploy, killed_in, rows, simulate
 
 SCAFFOLD: dict[str, Any] = {
     "train__correction": "scaffold", "train__optimizer": "sgd", "strategy__weighting": "uniform",
@@ -78,8 +78,8 @@ def test_a_round_that_did_not_count_is_none_for_the_site_either(
     assert_mean(folder)
 
 
-def test_control_variates_double_the_bytes_and_pass_the_gate(nodes: Nodes) -> None:
-    folder, grid = simulate(nodes, "runs", SCAFFOLD)
+def test_control_variates_double_the_bytes_and_pass_the_gate(nodes: Nodes, shared: Shared) -> None:
+    folder, grid = shared.simulate(SCAFFOLD)
     size = 4 * sum(tensor.numel() for tensor in nodes.start().values())
     for row in rows(folder, "site"):
         assert (row["status"], row["bytes_up"], row["bytes_down"]) == ("ok", 2 * size, 2 * size)
@@ -89,12 +89,22 @@ def test_control_variates_double_the_bytes_and_pass_the_gate(nodes: Nodes) -> No
     assert saved.keys() == set(nodes.start())
 
 
-def test_the_first_round_is_fedavg_and_later_ones_are_not(nodes: Nodes) -> None:
-    plain = SCAFFOLD | {"train__correction": "none"}
-    for rounds, same in ((1, True), (2, False)):
-        one, _ = simulate(nodes, f"scaffold-{rounds}", SCAFFOLD, run__rounds=rounds)
-        other, _ = simulate(nodes, f"plain-{rounds}", plain, run__rounds=rounds)
-        assert (bytes_below(one / "adapter") == bytes_below(other / "adapter")) is same
+def test_the_first_round_is_fedavg_and_later_ones_are_not(nodes: Nodes, shared: Shared) -> None:
+    _, corrected = shared.simulate(SCAFFOLD)
+    _, plain = simulate(nodes, "plain", SCAFFOLD, train__correction="none")
+    names = list(nodes.start())
+    for round_, same in ((1, True), (2, True), (3, False)):  # what they start from, and then end
+        one, other = (sent(grid, round_, names) for grid in (corrected, plain))
+        assert (one == other) is same, round_
+
+
+def sent(grid: FakeGrid, round_: int, names: Iterable[str]) -> list[bytes]:
+    """Named tensors that the sites were sent to train from in a round."""
+    wanted = ("train", str(round_))
+    question = next(
+        q for q in grid.questions if (q.metadata.message_type, q.metadata.group_id) == wanted
+    )
+    return [question.content.array_records["arrays"][name].data for name in names]
 
 
 def test_it_goes_with_personal_parts(nodes: Nodes) -> None:

@@ -138,7 +138,7 @@ def spoken(wrapped: ssl.SSLSocket) -> bytes:
     wrapped.settimeout(2)
     answer = b""
     try:
-        while chunk := wrapped.recv(4096):
+        while b"cba" not in answer and (chunk := wrapped.recv(4096)):
             answer += chunk
     except (TimeoutError, OSError):
         pass
