@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-from flower_app.local import stop_on_terminate
 from flower_app.stream import StreamServer
 from models.base import context, device, find_folder, quiet
 from models.section import ConfigError
@@ -130,6 +129,8 @@ def _serve(options: argparse.Namespace) -> None:
             f"up to {most} tokens; Ctrl-C ends it.",
             flush=True,
         )
+        from flower_app.local import stop_on_terminate  # not in the bundle that sites receive
+
         stop_on_terminate()
         try:
             threading.Event().wait()

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from flower_app import compose
 from flower_app.config import Config
 from flower_app.node import NodeConfig
-from flower_app.recordlevel import Private, private
 from flower_app.sitestate import Groups, site_state
 from flower_app.worker import Site, steps_per_round, train_round
 from models.evaluate import Score
@@ -19,6 +19,9 @@ from models.payload import Payload
 from models.train import Correction, Trained
 from strategies import control
 from strategies.messages import Scalar
+
+if TYPE_CHECKING:
+    from flower_app.recordlevel import Private
 
 
 class SiteRound:
@@ -73,6 +76,8 @@ class SiteRound:
         """
         batches, round_ = self._site.batches, self._done + 1
         if self._config.privacy.unit == "record":
+            from flower_app.recordlevel import private  # brings Opacus, as in `Worker.per_sample`
+
             self._private = private(
                 self._config, self._site.name, batches, round_, method, self.rank
             )

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from logging import INFO
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from flwr.common.logger import log
@@ -20,7 +20,6 @@ from flower_app.data.poison import poison, triggered
 from flower_app.data.site import Simulation, SiteRows, load_site
 from flower_app.data.source import DataError
 from flower_app.node import NodeConfig
-from flower_app.recordlevel import Private
 from flower_app.releases import metrics_noise
 from models.base import PATHLIKE, Base, BaseCache, context
 from models.batches import Batch, Batches, eval_batches
@@ -33,7 +32,9 @@ from models.split.site import SplitPayload, train_across
 from models.text import Encoded, Labelled, Ranked, Record, encode
 from models.train import Correction, Trained, train
 from privacy.metrics import bounded, noised
-from privacy.selfcheck import choose
+
+if TYPE_CHECKING:
+    from flower_app.recordlevel import Private
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,8 @@ class Worker:
 
         Raises ConfigError when they cannot be, or not as configured.
         """
+        from privacy.selfcheck import choose  # Opacus brings SciPy: a second in every process
+
         _, payload = self.model(config, node)
         factor = compose.held(config, round_)
         settings = (config.privacy.per_sample, config.train.precision)

@@ -33,9 +33,10 @@ def names(bundle: bytes) -> list[str]:
 
 
 def test_bundle_is_small(bundle: bytes) -> None:
-    assert len(bundle) < 1_000_000
+    """Flower takes 10 MB; ours is code alone."""
+    assert len(bundle) < 2_000_000
     with zipfile.ZipFile(io.BytesIO(bundle)) as archive:
-        assert sum(info.file_size for info in archive.infolist()) < 1_000_000
+        assert sum(info.file_size for info in archive.infolist()) < 2_000_000
 
 
 def test_bundle_holds_the_app_and_nothing_else(names: list[str]) -> None:
@@ -74,6 +75,8 @@ def test_bundle_declares_the_components(bundle: bytes) -> None:
 _IMPORT = """
 import importlib, pathlib, sys
 here = pathlib.Path.cwd()
+import flower_app.client_app, flower_app.server_app
+assert not {"opacus", "dp_accounting", "scipy.stats"} & set(sys.modules), "slow to import"
 files = [p for room in sys.argv[1:] for p in sorted((here / room).rglob("*.py"))]
 for path in files:
     parts = path.relative_to(here).with_suffix("").parts
