@@ -62,7 +62,10 @@ def _secure(config: Config) -> str:
     if not config.secure.on:
         return ""
     kind = config.secure.aggregation
-    return f"| Secure aggregation | `{kind}`: the server saw sums over groups of sites only |\n"
+    return (
+        f"| Secure aggregation | `{kind}`: the server saw sums over groups of sites only; "
+        "docs/privacy.md says on what that rests |\n"
+    )
 
 
 def _privacy(told: Mapping[str, Any]) -> str:

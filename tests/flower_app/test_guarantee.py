@@ -141,22 +141,23 @@ def test_the_report_and_the_terminal_say_it_too(nodes: Nodes, tmp_path: Path) ->
     assert 0 <= float(lines[0].split()[2]) / told["epsilon"] - 1 < 0.01  # rounded up, never down
 
 
+@pytest.mark.parametrize("kind", ["masks", "ckks"])
 def test_secure_aggregation_is_named_on_the_card_and_in_the_report(
-    card: Any, tmp_path: Path
+    card: Any, tmp_path: Path, kind: str
 ) -> None:
     assert "ecure aggregation" not in card({"unit": "none"})
-    row = "| Secure aggregation | `masks`: the server saw sums over groups of sites only |"
-    text = card({"unit": "none"}, secure__aggregation="masks")
-    assert f"\n{row}\n| Local training |" in text
+    row = f"| Secure aggregation | `{kind}`: the server saw sums over groups of sites only; "
+    text = card({"unit": "none"}, secure__aggregation=kind)
+    assert f"\n{row}docs/privacy.md says on what that rests |\n| Local training |" in text
 
     folder = make_run(tmp_path / "run")
     assert "ecure aggregation" not in write_report(folder).read_text("utf-8")
     summary = folder / "summary.json"
-    told = json.loads(summary.read_text("utf-8")) | {"secure_aggregation": "masks"}
+    told = json.loads(summary.read_text("utf-8")) | {"secure_aggregation": kind}
     summary.write_text(json.dumps(told), "utf-8")
     page = html.unescape(write_report(folder).read_text("utf-8"))
-    assert "<dt>Secure aggregation</dt><dd>masks</dd>" in page
-    assert "by secure aggregation (“masks”): the server saw sums over groups of sites" in page
+    assert f"<dt>Secure aggregation</dt><dd>{kind}</dd>" in page
+    assert f"by secure aggregation (“{kind}”): the server saw sums over groups of sites" in page
 
 
 def test_a_secure_run_that_has_not_ended_says_so_too(tmp_path: Path) -> None:
