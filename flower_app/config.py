@@ -265,6 +265,14 @@ def _wrong_with_split(config: Config) -> Iterator[str]:
                 f"Expected {key}={json.dumps(value)} with payload.kind='split', got {got!r}; "
                 "set it, or train another payload."
             )
+    parts = {"head": config.split.head, "middle": config.split.middle, "tail": config.split.tail}
+    for part, what in parts.items():
+        if what == "full" and config.model.dtype != "float32":
+            yield (
+                f"Expected model.dtype='float32' with split.{part}='full', got "
+                f"{config.model.dtype!r}, which would round small updates away; set it "
+                "(train.precision may stay 'bfloat16')."
+            )
     if config.train.packing == "on":
         yield (
             "Expected train.packing='off' or 'auto' with payload.kind='split', got 'on'; set it."

@@ -25,6 +25,7 @@ from strategies import aggregate
 from strategies.exchange import Ask, Decoded, Exchange, Intake, Parcel, Received
 from strategies.gate import Reply
 from strategies.messages import Scalar
+from strategies.product import side
 
 
 class SplitServer:
@@ -54,7 +55,7 @@ class SplitServer:
         self._known: dict[str, bytes] = {}
 
     def adapter(self) -> dict[str, Tensor]:
-        """What LoRA adds to the middle, trained or not, by the names of the whole model."""
+        """The middle's share of the joined adapter, trained or not, by the whole model's names."""
         return added(self._middle)
 
     @property
@@ -146,7 +147,8 @@ def mean_of(
     if len(learnt) == 1:
         return dict(learnt[0])
     deltas = [{name: new[name] - before[name] for name in before} for new in learnt]
-    return aggregate("lora-svd", before, deltas)
+    rule = "lora-svd" if any(map(side, before)) else "mean"
+    return aggregate(rule, before, deltas)
 
 
 class SplitExchange:

@@ -87,7 +87,8 @@ def train_only(part: Part, what: str) -> None:
     for name, parameter in part.named_parameters():
         factor = ".lora_" in name
         head = ".modules_to_save." in name
-        chosen = {"none": False, "lora": factor or head, "full": not factor}
+        replaced = ".original_module." in name  # by a new head
+        chosen = {"none": False, "lora": factor or head, "full": not factor and not replaced}
         parameter.requires_grad_(chosen[what])
 
 
@@ -97,8 +98,12 @@ def factors(part: Part) -> dict[str, Tensor]:
 
 
 def added(part: Part) -> dict[str, Tensor]:
-    """Copies of all that LoRA adds to a part, a new class head too, be it trained or not."""
-    return {name: parameter.detach().cpu().clone() for name, parameter in _added(part).items()}
+    """Copies of all that LoRA adds to a part, a new class head too, be it trained or not.
+
+    Of a part trained in full, its weights.
+    """
+    found = _added(part) | _trained(part)
+    return {name: parameter.detach().cpu().clone() for name, parameter in found.items()}
 
 
 @torch.no_grad()
@@ -124,6 +129,11 @@ def _added(part: Part) -> dict[str, nn.Parameter]:
     }
 
 
+def _plain(part: Part) -> dict[str, nn.Parameter]:
+    """A part's parameters by the bare model's names."""
+    return {before_adapting(part.name_in_whole(n)): p for n, p in part.named_parameters()}
+
+
 def join(tensors: Mapping[str, Tensor], settings: PeftConfig, folder: Path) -> None:
     """Write the factors of all parts as one PEFT adapter for the whole model."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -134,7 +144,10 @@ def join(tensors: Mapping[str, Tensor], settings: PeftConfig, folder: Path) -> N
 
 
 def read_settings(folder: Path) -> PeftConfig:
-    """Configuration of a LoRA adapter in PEFT's format; raises ConfigError for any other folder."""
+    """Configuration of a LoRA adapter in PEFT's format; raises ConfigError for any other folder.
+
+    Modules that it holds in full, but for new heads, are left out of it: `load_adapter` reads them.
+    """
     try:
         settings = PeftConfig.from_pretrained(str(folder))
     except (OSError, ValueError, TypeError, KeyError) as error:
@@ -148,6 +161,8 @@ def read_settings(folder: Path) -> PeftConfig:
             "parts of a model take no other."
         )
     settings.base_model_name_or_path = None  # the folder of whoever trained it
+    if any("." in name for name in settings.modules_to_save or ()):  # a new head is no path
+        settings.modules_to_save = None
     return settings
 
 
@@ -163,7 +178,7 @@ def digest_of_adapter(folder: Path) -> str:
 
 @torch.no_grad()
 def load_adapter(part: Part, folder: Path) -> None:
-    """Read what an adapter for the whole model adds to a part, and nothing else of it.
+    """Read what an adapter for the whole model adds to a part, or holds of it, and nothing else.
 
     Raises ConfigError for a file without it, or with tensors of another shape.
     """
@@ -171,7 +186,8 @@ def load_adapter(part: Part, folder: Path) -> None:
     try:
         with safe_open(path, "pt") as file:
             there = set(file.keys())
-            for name, parameter in _added(part).items():
+            kept = {n: p for n, p in _plain(part).items() if _WRAPPER + n in there}
+            for name, parameter in (kept | _added(part)).items():
                 key = _WRAPPER + name
                 found = file.get_tensor(key) if key in there else torch.empty(0)
                 if found.shape != parameter.shape:

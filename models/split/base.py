@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,10 +15,19 @@ from transformers import AutoTokenizer
 from models.base import Base, device, find_folder, quiet
 from models.config import ModelConfig, PayloadConfig
 from models.section import ConfigError
-from models.split.adapter import train_only
 from models.split.config import SplitConfig
 from models.split.cut import Middle
-from models.split.load import Cuts, PartName, digest_of_parts, load_split
+from models.split.full import train
+from models.split.load import (
+    RECORD,
+    SERVER,
+    SITE,
+    Cuts,
+    PartName,
+    digest_of_parts,
+    load_split,
+    read_record,
+)
 from models.split.parity import check_parity
 from models.split.site import SiteModel, SplitPayload
 
@@ -48,20 +58,23 @@ def load(
 ) -> SplitBase:
     """Read one side's parts of the base model, `load.SITE` or `load.SERVER`, onto the device.
 
-    Raises ConfigError for a model that cannot be cut, and for a folder without these parts.
+    A server that hands out head or tail in full reads both too. Raises ConfigError for a model that
+    cannot be cut, and for a folder without these parts.
     """
     site = "head" in wanted
     folder = find_folder(path or model.name, tokenizer=site)
     quiet()
     check_parity(folder, model.task)
+    if not site and "full" in (split.head, split.tail):
+        _check_whole(folder)
+        wanted = (*SITE, *SERVER)
     cuts = Cuts(split.head_blocks, split.tail_blocks, model.task, num_labels)
     parts, settings = load_split(
         folder, wanted, cuts, dtype=getattr(torch, model.dtype), seed=seed,
         payload=payload.model_copy(update={"kind": "lora"}),
     )  # fmt: skip
     assert settings is not None
-    for part, what in zip(parts, (split.head, split.middle, split.tail), strict=True):
-        train_only(part, what)
+    settings = train(parts, settings, (split.head, split.middle, split.tail))
     ends: Any = SiteModel(parts.head, parts.tail)
     tokenizer: Any = None
     if site:
@@ -73,6 +86,18 @@ def load(
         parts.middle.to(device())
     fresh = ("classifier",) if model.task == "classification" else ()
     return SplitBase(ends, tokenizer, folder, False, fresh, parts.middle, settings, cuts)
+
+
+def _check_whole(folder: Path) -> None:
+    """Refuse a server's own part, which lacks the weights that the sites are to start from."""
+    if read_record(folder) is not None and not all(
+        (folder / f"{name}.safetensors").is_file() for name in SITE
+    ):
+        raise ConfigError(
+            f"Expected the whole model in {str(folder)!r} at the server, which hands out what "
+            f"split.head='full' and split.tail='full' start from, got parts with {RECORD}; give "
+            "the server the whole folder, or set both to 'lora'."
+        )
 
 
 def attach(base: SplitBase, personal: str, frozen: str = "") -> SplitPayload:
@@ -88,6 +113,6 @@ def attach(base: SplitBase, personal: str, frozen: str = "") -> SplitPayload:
     if not any(parameter.requires_grad for parameter in ends.parameters()):
         raise ConfigError(
             "Expected something to train at the sites, got split.head='none' and "
-            "split.tail='none'; set one of them to 'lora'."
+            "split.tail='none'; set one of them to 'lora' or 'full'."
         )
     return SplitPayload(ends, base.settings, personal, base.fresh_modules)

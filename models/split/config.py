@@ -18,13 +18,15 @@ class SplitConfig(Section):
     tail_blocks: int = Field(
         1, ge=1, description="Last blocks, which stay at the site with the output layer."
     )
-    head: Literal["lora", "none"] = Field(
-        "lora", description="What is trained of the first blocks, at the site."
+    head: Literal["lora", "full", "none"] = Field(
+        "lora",
+        description="What is trained of the first blocks, at the site: LoRA, "
+        "all weights, or nothing.",
     )
-    middle: Literal["lora", "none"] = Field(
+    middle: Literal["lora", "full", "none"] = Field(
         "lora", description="What is trained of the blocks between, at the server."
     )
-    tail: Literal["lora", "none"] = Field(
+    tail: Literal["lora", "full", "none"] = Field(
         "lora", description="What is trained of the last blocks, at the site."
     )
     schedule: Literal["sequential", "client-batch", "hierarchical", "auto"] = Field(

@@ -35,6 +35,14 @@ class Part(nn.Module):
         index, _, rest = after.partition(".")
         return f"{before}{blocks}{int(index) + self._first}{'.' if rest else ''}{rest}"
 
+    def owner_in_whole(self, name: str) -> str:
+        """What the whole model calls the block that holds a tensor, or else its module."""
+        known = self.name_in_whole(name)
+        before, blocks, after = known.partition(f"{self._blocks}.")
+        if not blocks:
+            return known.rpartition(".")[0]
+        return f"{before}{blocks}{after.partition('.')[0]}"
+
 
 class Head(Part):
     """Embeddings and first blocks, at the site."""
