@@ -9,13 +9,14 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from flower_app.bench import aggregation, dp, memory, packing, secure, simulation
+from flower_app.bench import aggregation, dp, memory, packing, secure, simulation, split_memory
 from flower_app.bench.output import Outcome, machine
 
 BENCHMARKS: Mapping[str, Callable[[bool], Outcome]] = {
     "simulation": simulation.measure,
     "packing": packing.measure,
     "memory": memory.measure,
+    "split-memory": split_memory.measure,
     "aggregation": aggregation.measure,
     "secure-aggregation": secure.measure,
     "dp": dp.measure,
