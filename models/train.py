@@ -100,10 +100,15 @@ def train(
         payload, gradient, config, steps=steps, learning_rate=learning_rate, seed=seed,
         progress=progress, correction=correction, max_grad_norm=config.max_grad_norm,
     )  # fmt: skip
+    return finite(trained)
+
+
+def finite(trained: Trained) -> Trained:
+    """What training did, if its loss is finite; raises TrainingError."""
     if not math.isfinite(trained.loss):
         raise TrainingError(
-            f"Expected a finite training loss, got {trained.loss} within {steps} steps; lower "
-            "train.learning-rate or set train.max-grad-norm."
+            f"Expected a finite training loss, got {trained.loss} within {trained.steps} steps; "
+            "lower train.learning-rate or set train.max-grad-norm."
         )
     return trained
 

@@ -184,24 +184,33 @@ STUDIES: Mapping[str, Study] = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the named studies and write their tables into docs/results.md."""
-    parser = argparse.ArgumentParser(prog="results", description=__doc__)
-    parser.add_argument("study", nargs="*", default=list(STUDIES), help=f"of {', '.join(STUDIES)}")
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    options = parser.parse_args(arguments)
-    stop_on_terminate()
-    data: Path = options.data.resolve()
-    if not data.is_dir():
-        print(f"Expected the data sets in {data}, found none; name them with --data.")
-        return 2
-    for name in options.study:
+    options = asked("results", __doc__, list(STUDIES), arguments)
+    for name in options.names:
         for seed in options.seeds:
             started = time.monotonic()
-            summary = run_study(STUDIES[name], data, seed)
+            summary = run_study(STUDIES[name], options.data, seed)
             print(f"{name}, seed {seed}: {time.monotonic() - started:.0f} s", flush=True)
             # After every seed: a study takes long, and the next seed may never end.
             _write_table(name, STUDIES[name], record(name, STUDIES[name], summary))
     return 0
+
+
+def asked(
+    program: str, about: str | None, names: Sequence[str], arguments: Sequence[str] | None
+) -> argparse.Namespace:
+    """What to measure of `names`, with which seeds, on which `data`; exits where it is wrong."""
+    parser = argparse.ArgumentParser(prog=program, description=about)
+    parser.add_argument("names", nargs="*", default=names, help=f"of {', '.join(names)}")
+    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    options = parser.parse_args(arguments)
+    if wrong := [name for name in options.names if name not in names]:
+        parser.error(f"unknown name {wrong[0]!r}; choose among {', '.join(names)}")
+    options.data = options.data.resolve()
+    if not options.data.is_dir():
+        parser.error(f"expected the data sets in {options.data}, found none; name them with --data")
+    stop_on_terminate()
+    return options
 
 
 def resolve(study: Study, data: Path, seed: int) -> dict[str, Value]:
@@ -249,7 +258,7 @@ def table(study: Study, summaries: Sequence[Mapping[str, Any]]) -> str:
         if summaries[0][key] is None:  # a study without baselines
             continue
         cells = [
-            _spread([summary[key].get(column) for summary in summaries])
+            spread([summary[key].get(column) for summary in summaries])
             for column in ("loss", metric, f"own_{metric}")
         ]
         lines.append(f"| {label} | {' | '.join(cells)} |")
@@ -270,15 +279,16 @@ def _baselines(summaries: Sequence[Mapping[str, Any]]) -> str:
         return ""
     gap = [s["federated"]["loss"] - s["central"]["loss"] for s in summaries]
     gain = [s["local"]["loss"] - s["federated"]["loss"] for s in summaries]
-    return f" Loss: federated is {_spread(gain)} below alone and {_spread(gap)} above pooled."
+    return f" Loss: federated is {spread(gain)} below alone and {spread(gap)} above pooled."
 
 
-def _spread(values: Sequence[float | None]) -> str:
+def spread(values: Sequence[float | None], sign: str = "") -> str:
+    """Mean ± sample standard deviation, a dash without values."""
     numbers = [value for value in values if value is not None]
     if not numbers:
         return "–"
-    spread = statistics.stdev(numbers) if len(numbers) > 1 else 0.0
-    return f"{statistics.mean(numbers):.3f} ± {spread:.3f}"
+    deviation = statistics.stdev(numbers) if len(numbers) > 1 else 0.0
+    return f"{statistics.mean(numbers):{sign}.3f} ± {deviation:.3f}"
 
 
 def record(

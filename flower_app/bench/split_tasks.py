@@ -6,19 +6,15 @@ together has as many rows as one of central training, which is a federation of o
 
 from __future__ import annotations
 
-import argparse
 import json
-import re
-import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from flower_app.bench.results import ROOT, Study, Value, run_study, settings
-from flower_app.local import stop_on_terminate
+from flower_app.bench.output import put_into
+from flower_app.bench.results import ROOT, Study, Value, asked, run_study, settings, spread
 
 PAGE = ROOT / "docs" / "split.md"
 RAW = ROOT / "docs" / "split-tasks.json"
@@ -112,30 +108,22 @@ def study(task: str, way: str) -> Study:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what is not measured yet, and write the table into docs/split.md."""
-    parser = argparse.ArgumentParser(prog="split study", description=__doc__)
-    parser.add_argument("task", nargs="*", default=list(TASKS), help=f"of {', '.join(TASKS)}")
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    options = parser.parse_args(arguments)
-    stop_on_terminate()
-    data: Path = options.data.resolve()
-    if not data.is_dir():
-        print(f"Expected the data sets in {data}, found none; name them with --data.")
-        return 2
+    options = asked("results split", __doc__, list(TASKS), arguments)
     found = json.loads(RAW.read_text()) if RAW.is_file() else {}
     for seed in options.seeds:
-        for task in options.task:
+        for task in options.names:
             for way in _WAYS:
                 what, name = study(task, way), f"{task}/{way}/{seed}"
                 if found.get(name, {}).get("settings") == settings(what):
                     continue
                 started = time.monotonic()
-                summary = run_study(what, data, seed, share=_WORKERS_SHARE)
+                summary = run_study(what, options.data, seed, share=_WORKERS_SHARE)
                 keep = ("metric", "zero_shot", "federated", "wall_s")
                 found[name] = {k: summary[k] for k in keep} | {"settings": settings(what)}
                 print(f"{name}: {time.monotonic() - started:.0f} s", flush=True)
                 RAW.write_text(json.dumps(dict(sorted(found.items())), indent=1) + "\n")
-            write(PAGE, table(found))
+            print(table(found))
+            put_into(PAGE, "split-tasks", table(found))
     return 0
 
 
@@ -158,23 +146,10 @@ def table(found: Mapping[str, Any]) -> str:
         before = [row["zero_shot"][metric] for row in rows["central"]]
         ends = {way: [row["federated"][metric] for row in rows[way]] for way in _WAYS}
         apart = [s - c for s, c in zip(ends["split"], ends["central"], strict=True)]
-        cells = [_spread(before), *(_spread(ends[way]) for way in _WAYS), _spread(apart, "+")]
+        cells = [spread(before), *(spread(ends[way]) for way in _WAYS), spread(apart, "+")]
         lines.append(f"| {task}, {len(seeds)} seeds | {chosen.model} | {metric} | "
                      f"{' | '.join(cells)} |")  # fmt: skip
     return "\n".join(lines)
-
-
-def _spread(values: Sequence[float], sign: str = "") -> str:
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):{sign}.3f} ± {spread:.3f}"
-
-
-def write(page: Path, text: str) -> None:
-    """Put the table between its marks in a page."""
-    print(text)
-    block = f"<!-- table:split-tasks -->\n{text}\n<!-- /table:split-tasks -->"
-    pattern = re.compile("<!-- table:split-tasks -->.*?<!-- /table:split-tasks -->", re.DOTALL)
-    page.write_text(pattern.sub(lambda _: block, page.read_text()))
 
 
 if __name__ == "__main__":

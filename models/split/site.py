@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -19,7 +18,7 @@ from models.split.adapter import added, join
 from models.split.cut import Head, Tail
 from models.split.link import FrameLink
 from models.split.step import SiteStep, SplitError
-from models.train import Correction, Progress, Step, Trained, TrainingError, optimise
+from models.train import Correction, Progress, Step, Trained, finite, optimise
 
 
 class SiteModel(nn.Module):
@@ -120,9 +119,4 @@ def train_across(
     )  # fmt: skip
     for last in stepped:
         last.result()
-    if not math.isfinite(trained.loss):
-        raise TrainingError(
-            f"Expected a finite training loss, got {trained.loss} within {steps} steps; lower "
-            "train.learning-rate or set train.max-grad-norm."
-        )
-    return trained
+    return finite(trained)

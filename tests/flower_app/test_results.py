@@ -7,6 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from flower_app.bench import split_tasks
 from flower_app.bench.results import STUDIES, record, settings, table
 
 STUDY = STUDIES["sst2"]
@@ -43,3 +46,32 @@ def test_figures_of_other_settings_are_not_mixed_in(tmp_path: Path) -> None:
     kept = record("sst2", STUDY, summary(1, 0.8), path)
     assert [row["seed"] for row in kept] == [1]
     assert set(json.loads(path.read_text())) == {"alpaca", "sst2"}
+
+
+def test_split_tasks_compare_the_same_seeds() -> None:
+    def figures(before: float, after: float) -> dict[str, Any]:
+        return {
+            "metric": "accuracy", "zero_shot": {"accuracy": before}, "federated": {"accuracy": after}
+        }  # fmt: skip
+
+    found = {
+        f"rte/{way}/{seed}": figures(0.5, after + seed / 10)
+        for way, after in (("central", 0.6), ("federated", 0.5), ("split", 0.7))
+        for seed in (0, 1)
+    }
+    found["rte/split/2"] = figures(0.5, 0.0)  # of a seed that is not whole yet
+    row = split_tasks.table(found).splitlines()[-1]
+    assert row == (
+        "| rte, 2 seeds | MiniLM | accuracy | 0.500 ± 0.000 | 0.650 ± 0.071 | 0.550 ± 0.071 | "
+        "0.750 ± 0.071 | +0.100 ± 0.000 |"
+    )
+    one, many = (split_tasks.study("rte", way) for way in ("central", "split"))
+    assert one.sites * int(one.config["train.batch-size"]) == many.sites * int(
+        many.config["train.batch-size"]
+    )
+
+
+def test_a_misspelt_study_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        split_tasks.main(["rtee"])
+    assert "unknown name 'rtee'; choose among boolq, cb" in capsys.readouterr().err
