@@ -50,9 +50,8 @@ def test_figures_of_other_settings_are_not_mixed_in(tmp_path: Path) -> None:
 
 def test_split_tasks_compare_the_same_seeds() -> None:
     def figures(before: float, after: float) -> dict[str, Any]:
-        return {
-            "metric": "accuracy", "zero_shot": {"accuracy": before}, "federated": {"accuracy": after}
-        }  # fmt: skip
+        ends = {"zero_shot": {"accuracy": before}, "federated": {"accuracy": after}}
+        return {"metric": "accuracy", **ends}
 
     found = {
         f"rte/{way}/{seed}": figures(0.5, after + seed / 10)
