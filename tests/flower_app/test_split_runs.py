@@ -111,6 +111,18 @@ def test_the_parts_join_into_one_adapter(nodes: Nodes, settings: dict[str, Any])
     assert joined(nodes, folder, **keys) == pytest.approx(last["loss"], abs=1e-5)
 
 
+def test_a_sites_last_block_may_stay_with_it(nodes: Nodes) -> None:
+    keys = SPLIT | {"payload__personal": "layers.3", "train__learning_rate": 0.05}
+    folder, _ = simulate(nodes, "split", keys)
+    trained = load_file(folder / "adapter" / "adapter_model.safetensors")
+    moved = {name for name, t in trained.items() if "lora_B" in name and bool(t.abs().sum() > 0)}
+    assert {name.split(".layers.")[1][0] for name in moved} == {"0", "1", "2"}
+    kept = {path.parent.name: path.read_bytes() for path in folder.glob("sites/*/*.safetensors")}
+    assert set(kept) == set(NAMES) and len(set(kept.values())) == 3
+    first, last = rows(folder, "evaluation")[0], rows(folder, "evaluation")[-1]
+    assert last["loss"] < first["loss"]
+
+
 def test_an_encoder_is_cut_for_classification(
     nodes: Nodes, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
