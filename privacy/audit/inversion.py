@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, layer_norm, normalize
 
 from models.base import seeded
+from models.split.noise import clipped
 
 IGNORED = -100
 _BATCH = 32
@@ -59,9 +60,8 @@ def clipped_and_noised(clip: float, multiplier: float, generator: torch.Generato
     """Clips each token's hidden state to the norm `clip` and adds N(0, (multiplier clip)²)."""
 
     def guard(hidden: Tensor) -> Tensor:
-        norms = hidden.norm(dim=-1, keepdim=True)
-        within: Tensor = hidden * (clip / norms.clamp(min=clip))
-        return within + multiplier * clip * torch.randn(hidden.shape, generator=generator)
+        draw = torch.randn(hidden.shape, generator=generator)
+        return clipped(hidden, clip).to(hidden) + multiplier * clip * draw
 
     return guard
 
