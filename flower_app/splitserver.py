@@ -101,6 +101,11 @@ class SplitServer:
         """Train with the streams of these sites from now on."""
         self._round = self._sharing(round_, sites)
 
+    def absent(self, site: str, why: str) -> None:
+        """Let no other site wait for one that does not train in this round."""
+        if self._round:
+            self._round.absent(site, why)
+
     def finish(self) -> None:
         """End the round and keep what its replicas learnt: the mean of their products for LoRA."""
         if self._round is None:
@@ -189,6 +194,10 @@ class SplitIntake:
         """Take in a reply; raises as the intake of a plain round."""
         self._missing.discard(reply.site)
         self._inner.admit(reply)
+
+    def lost(self, site: str, why: str) -> None:
+        """Let no other site wait for this one."""
+        self._server.absent(site, why)
 
     def close(self) -> Received:
         """End the round for the streams too."""

@@ -80,6 +80,9 @@ class Intake(Protocol):
     def admit(self, reply: Reply) -> None:
         """Take in a reply; raises Refusal for one that does not fit, OSError on a full disk."""
 
+    def lost(self, site: str, why: str) -> None:
+        """Hear that a site which was asked says that it cannot."""
+
     def close(self) -> Received:
         """End the round once no more replies come."""
 
@@ -128,6 +131,9 @@ class PlainIntake:
         update = self._gate.admit(reply)
         self._spool.put(update.site, update.delta_D)
         self._weights[update.site] = 1.0 if self._uniform else float(update.num_examples)
+
+    def lost(self, site: str, why: str) -> None:
+        """Nobody waits for it."""
 
     def close(self) -> Received:
         """One row for each site."""

@@ -267,7 +267,9 @@ class ComposedStrategy(Strategy):
                 log(INFO, "A reply is dropped: %s.", why)
                 continue
             outcome, reply = read_reply(site, message, down)
-            if reply is not None:
+            if reply is None:
+                intake.lost(site, outcome.reason)
+            else:
                 try:
                     self._keep(intake, reply)
                     admitted.add(site)

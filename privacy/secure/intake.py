@@ -59,6 +59,9 @@ class SumIntake(Generic[S]):
         """Why sites that were asked do not train."""
         return dict(self._failed)
 
+    def lost(self, site: str, why: str) -> None:
+        """A dropout, like one that never answers."""
+
     def admit(self, reply: Reply) -> None:
         """Check the envelope of what a site sent and add it up; raises Refusal."""
         s = next((s for s in self._sums if reply.site in s.terms.members), None)

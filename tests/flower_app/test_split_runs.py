@@ -25,6 +25,7 @@ from flower_app import client_app
 from flower_app import run as server
 from flower_app.config import parse
 from flower_app.node import parse_node
+from flower_app.splitserver import SplitIntake
 from flower_app.worker import Worker
 from models.evaluate import Score, evaluate
 from models.payload import Payload
@@ -241,6 +242,17 @@ def test_sites_share_the_middle_at_the_same_time(nodes: Nodes, schedule: str) ->
     assert schedule in ("auto", facts["schedule"])
     if schedule != "auto":  # which may pick the other one next time
         assert bytes_below(together(nodes, "other", **keys)) == bytes_below(folder)
+
+
+def test_nobody_waits_for_a_site_that_says_it_cannot() -> None:
+    told: list[tuple[str, str]] = []
+
+    class Server:
+        def absent(self, site: str, why: str) -> None:
+            told.append((site, why))
+
+    SplitIntake(Server(), None, NAMES, {}).lost("east", "no rows")  # type: ignore[arg-type]
+    assert told == [("east", "no rows")]
 
 
 @pytest.mark.parametrize(

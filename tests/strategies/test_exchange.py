@@ -100,3 +100,24 @@ def test_what_an_error_costs_is_its_reason(bench: Bench, tmp_path: Path) -> None
     assert exchanged(bench, tmp_path, eve=broken)["eve"] == (
         "ok", PAYLOAD + 16 + len(TASK) + 8, PAYLOAD + 13 + len("disk is full"),
     )  # fmt: skip
+
+
+def test_an_exchange_hears_at_once_of_a_site_that_cannot(bench: Bench, tmp_path: Path) -> None:
+    heard: list[tuple[str, str]] = []
+
+    class Hearing(PlainIntake):
+        def lost(self, site: str, why: str) -> None:
+            heard.append((site, why))
+
+    class Heard(Plain):
+        def open(self, round_: int, asked: Sequence[str], sent: Decoded, ask: Ask) -> Hearing:
+            intake = super().open(round_, asked, sent, ask)
+            return Hearing(intake._gate, asked, intake._spool, intake._uniform)
+
+    def broken(question: Message) -> Iterable[Answer]:
+        return [Answer(error=Error(2, "disk is full"))]
+
+    sites = {name: honest(name) for name in ("ann", "bob", "zoe")} | {"eve": broken}
+    exchange = Heard(StrategyConfig(), LAYOUT, tmp_path / "spool")
+    bench.run(federation(**sites), rounds=1, timeout=0.05, exchange=exchange)
+    assert heard == [("eve", "disk is full")]
