@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 
 from flower_app.config import Config, Value, defaults, known_keys, parse, sections
 from models.section import ConfigError
+from tests.serverpaths import KEYS
 
 
 def refused(**changes: Value | None) -> str:
@@ -227,6 +228,7 @@ def configs(draw: st.DrawFn) -> dict[str, Value]:
     flat["run.baselines"] = False
     if flat["data.partition"] == "own":
         flat["attack.name"] = "none"
+        flat |= {key: f"$NAMED{flat[key]}" for key in KEYS}  # by a variable, not by a path
     flat["run.name"] = draw(st.from_regex(r"[A-Za-z0-9._-]+", fullmatch=True))
     flat["payload.site-ranks"] = draw(st.sampled_from(["", "1", " 1,1"]))
     flat["payload.kind"], flat["model.quantization"] = "full", "none"
