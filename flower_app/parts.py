@@ -109,6 +109,8 @@ def _keys(options: argparse.Namespace) -> None:
 
 
 def _serve(options: argparse.Namespace) -> None:
+    from flower_app.local import stop_on_terminate  # not in the bundle that sites receive
+
     folder = find_folder(options.model, tokenizer=False)
     parts, digest = load_for_text(
         folder, SERVER, cuts_of(options, folder), options.adapter, getattr(torch, options.dtype)
@@ -129,8 +131,6 @@ def _serve(options: argparse.Namespace) -> None:
             f"up to {most} tokens; Ctrl-C ends it.",
             flush=True,
         )
-        from flower_app.local import stop_on_terminate  # not in the bundle that sites receive
-
         stop_on_terminate()
         try:
             threading.Event().wait()
