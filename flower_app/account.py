@@ -9,6 +9,7 @@ from pathlib import Path
 
 from flower_app.config import Config
 from flower_app.node import NodeConfig
+from flower_app.releases import unit_of
 from flower_app.sitestate import file_name, require_state_path
 from models.paths import located
 from models.section import ConfigError
@@ -44,7 +45,7 @@ class SiteAccount:
         self._split = _split(config, node)
         self._policy = policy_of(node)
         self._request = Request(
-            config.privacy.unit,
+            unit_of(config) or "none",
             config.payload.kind,
             base,
             rows,
@@ -53,6 +54,8 @@ class SiteAccount:
         )
         if config.privacy.on:
             require_state_path(node, f"privacy.unit={config.privacy.unit!r}")
+        if config.split.noise:
+            require_state_path(node, f"split.noise={config.split.noise:g}")
         if self._policy and self._policy.max_epsilon:
             require_state_path(node, "max-epsilon of this site's policy")
         path = ledger_path(node, plan, site)
@@ -82,17 +85,24 @@ class SiteAccount:
         nothing may leave the site then.
         """
         self.admit()
-        stamped = self._stamped(events) or self._plain()
-        if self._ledger and stamped:
-            self._ledger.append(stamped, self._check)
+        stamped = self._stamped(events)
+        plain = self._stamped(self._plain(events))
+        if self._ledger and (stamped or plain):
+            self._ledger.append([*stamped, *plain], lambda past, _: self._check(past, stamped))
         else:
             self._check([], stamped)
 
-    def _plain(self) -> list[Event]:
-        """The release of a round without noise, which a ledger must not pass over."""
-        if self._config.privacy.on or not self._ledger or not self._ledger.path.exists():
+    def _plain(self, events: Sequence[Event]) -> list[Event]:
+        """The release of a round without noise for records, which a ledger must not pass over.
+
+        Beside the vectors of a stream there is one, of the same rows.
+        """
+        if self._config.privacy.on or not self._ledger:
             return []
-        return self._stamped([Event("none", "record")])
+        parts = sorted({event.part for event in events})
+        if not parts and self._ledger.path.exists():
+            parts = ["training"]
+        return [Event("none", "record", part=part) for part in parts]
 
     def _check(self, past: Sequence[Event], new: Sequence[Event]) -> None:
         if self._policy:

@@ -73,11 +73,22 @@ def _privacy(told: Mapping[str, Any]) -> str:
         return (
             "No differential privacy was applied: a payload can reveal something about the rows "
             "behind it."
-        )
+        ) + _stream(told.get("stream"))
     if told["epsilon"] is None:
         return "Noise was added, but it guarantees nothing: " + "; ".join(told["assumptions"]) + "."
     assumed = "\n".join(f"- {assumption}" for assumption in told["assumptions"])
     return f"Differential privacy: {told['text']}. It rests on this:\n\n{assumed}"
+
+
+def _stream(told: Mapping[str, Any] | None) -> str:
+    """What noise on the vectors of a split model's streams is worth; empty without."""
+    if not told or told["epsilon"] is None:
+        return ""
+    assumed = "\n".join(f"- {assumption}" for assumption in told["assumptions"])
+    return (
+        f" Vectors on the way to the server had noise: {told['text']}. That says nothing of a "
+        f"whole row. It rests on this:\n\n{assumed}"
+    )
 
 
 def _personal(config: Config) -> str:

@@ -142,7 +142,8 @@ def on_roll_call(
     question = _plan(message, "question")
     left = range(int(str(question.get("done", 0))) + 1, config.run.rounds + 1)
     account = SiteAccount(config, node, question, site=site.name, rows=site.rows, base=base.digest)
-    account.planned(planned(config, site.rows, left), rounds=len(left))
+    releasing = planned(config, site.rows, left, len(site.batches))
+    account.planned(releasing, rounds=len(left))
     member = ConfigRecord(
         {
             "site": site.name,
@@ -172,9 +173,10 @@ def on_train(message: Message, config: Config, node: NodeConfig, state: RecordDi
     layout = compose.travelling(config, payload)
     hidden = secure.outgoing(config, node, message, layout, site)
     account = SiteAccount(config, node, plan, site=site.name, rows=site.rows, base=base.digest)
-    account.charge(releases(config, site.rows, [round_]))
+    account.charge(releases(config, site.rows, [round_], len(site.batches)))
     loaded = time.perf_counter()
-    with splitsite.connected(config, payload, plan, state) as stream:
+    source = compose.noise_source(config, "split", site.name, round_, "training")
+    with splitsite.connected(config, payload, plan, state, source) as stream:
         before = _WORKER.released(config, site, payload, pad_token(base), round_, "before")
         backdoor = _WORKER.backdoor(config, site, payload)
         personal = work.personal_score(
@@ -206,7 +208,8 @@ def on_train(message: Message, config: Config, node: NodeConfig, state: RecordDi
             "tokens": outcome.tokens,
             "useful_tokens": outcome.useful_tokens,
         }
-    report |= splitsite.traffic(stream, splitsite.carried(stream) - sent, outcome.tokens)
+    streamed = splitsite.carried(stream) - sent
+    report |= splitsite.traffic(stream, streamed, outcome.tokens, len(site.batches))
     report |= {"rank": work.rank} if work.rank < config.payload.rank else {}
     report |= score_fields("before", before) | score_fields("after", after)
     report |= score_fields("backdoor", backdoor) if backdoor.rows else {}
@@ -231,7 +234,8 @@ def on_evaluate(
     account.admit()
     if releasing := evaluations(config, done):
         account.charge(releasing)
-    with splitsite.connected(config, payload, plan, state):
+    source = compose.noise_source(config, "split", site.name, done, "evaluation")
+    with splitsite.connected(config, payload, plan, state, source):
         score = _WORKER.released(config, site, payload, pad_token(base), done, "evaluation")
         backdoor = _WORKER.backdoor(config, site, payload)
         personal = work.personal_score(

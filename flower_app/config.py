@@ -164,7 +164,7 @@ def _explain(error: ErrorDetails) -> str:
 def _contradictions(config: Config) -> list[str]:
     """What is wrong with settings that are each right by themselves, one message each."""
     found: list[str] = []
-    checked = (config.payload, config.data, config.train, config.strategy)
+    checked = (config.payload, config.data, config.split, config.train, config.strategy)
     for section in (*checked, config.privacy, config.secure):
         try:
             section.check()
@@ -238,6 +238,12 @@ def _wrong_pairs(config: Config) -> Iterator[str]:
         )
     if config.payload.kind == "split":
         yield from _wrong_with_split(config)
+    elif config.split.noise:
+        yield (
+            f"Expected split.noise=0 with payload.kind={config.payload.kind!r}, got "
+            f"{config.split.noise:g}, which is for the streams of 'split'; set "
+            "payload.kind='split', or protect records or clients with privacy.unit."
+        )
     if config.data.partition == "own":
         yield from _paths_that_travel(config)
     if config.run.baselines and config.data.partition == "own":

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from flower_app import clientlevel
 from flower_app.config import Config
-from flower_app.releases import evaluations, parts_apart, releases
+from flower_app.releases import evaluations, parts_apart, releases, unit_of
 from privacy.events import Event, Unit
 from privacy.statement import Statement, state
 
@@ -30,14 +30,28 @@ def guarantee(
 ) -> dict[str, Any]:
     """The epsilon of a run for `summary.json`; only the unit, `none`, without privacy.
 
+    With `split.noise` that of one position is beside it, as `stream`.
+
     `metrics` are the rows of metrics.jsonl, which tell the rounds that each site was asked in,
     `rows` the rows of each site, `released` the server's own events. Sites' epsilons are what the
     configuration leads to: a site's ledger also counts what it trained twice. The largest of them
     is the run's.
     """
-    unit = config.privacy.unit
-    if unit == "none":
-        return {"unit": unit}
+    unit = unit_of(config)
+    if unit is None:
+        return {"unit": "none"}
+    told = _told(config, unit, metrics, rows, released)
+    return {"unit": "none", "stream": told} if unit == "position" else told
+
+
+def _told(
+    config: Config,
+    unit: Unit,
+    metrics: Iterable[Mapping[str, Any]],
+    rows: Mapping[str, int],
+    released: Sequence[Event],
+) -> dict[str, Any]:
+    """The statement of the worst site, or of the server, as plain values."""
     sites = {} if released else _of_sites(config, unit, metrics, rows)
     if released:
         worst = state(released, unit, config.privacy.delta)
@@ -65,24 +79,28 @@ def _of_sites(
 ) -> dict[str, Statement]:
     """The statement of each site that was asked to train; equal sites are accounted once."""
     asked: dict[str, set[int]] = defaultdict(set)
+    batches: dict[str, int] = {}
     for row in metrics:
         if row["kind"] == "site" and row["status"] != "refused":
             asked[str(row["site"])].add(int(row["round"]))
             if isinstance(row.get("examples"), int):
                 rows = {**rows, str(row["site"]): row["examples"]}
-    known: dict[tuple[int, int], Statement] = {}
-    for site, rounds in asked.items():
-        if site in rows and (rows[site], len(rounds)) not in known:
-            ends = evaluations(config, config.run.rounds)
-            ends += evaluations(config, 0) if config.strategy.fraction < 1 else []
-            split = "held out of the same rows" if parts_apart(config) else ""
-            events = [
-                replace(event, split=split)
-                for event in [*releases(config, rows[site], sorted(rounds)), *ends]
-            ]
-            known[rows[site], len(rounds)] = state(events, unit, config.privacy.delta)
-    return {
-        site: known[rows[site], len(rounds)]
-        for site, rounds in sorted(asked.items())
-        if site in rows
-    }
+            if isinstance(row.get("batches"), int) and row["batches"] > 0:
+                batches[str(row["site"])] = row["batches"]
+    ends = evaluations(config, config.run.rounds)
+    ends += evaluations(config, 0) if config.strategy.fraction < 1 else []
+    split = "held out of the same rows" if parts_apart(config) else ""
+    known: dict[frozenset[tuple[Event, int]], Statement] = {}
+    found = {}
+    for site, rounds in sorted(asked.items()):
+        if site not in rows:
+            continue
+        events = [
+            replace(event, split=split, round=0)
+            for event in [*releases(config, rows[site], rounds, batches.get(site, 0)), *ends]
+        ]
+        alike = frozenset(Counter(events).items())
+        if alike not in known:
+            known[alike] = state(events, unit, config.privacy.delta)
+        found[site] = known[alike]
+    return found

@@ -67,7 +67,7 @@ def _lines(
     for unit in units or ["record"]:
         told = state(events, unit, delta)
         yield f"  spent      {told}"
-        if policy and policy.max_epsilon and delta == policy.delta:
+        if policy and policy.max_epsilon and delta == policy.delta and policy.limits(unit):
             left = max(0.0, policy.max_epsilon - told.epsilon)
             yield f"  remaining  {left:.3g} of epsilon {policy.max_epsilon:g} (max-epsilon)"
         yield from (f"  assumes    {assumption}" for assumption in told.assumptions)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from flower_app import clientlevel
 from flower_app.config import Config
 from privacy.accounting import calibrate
-from privacy.events import Event
+from privacy.events import Event, Part, Unit
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,20 @@ def record_plan(config: Config, rows: int) -> RecordPlan:
     return RecordPlan(noise, rate, steps)
 
 
-def releases(config: Config, rows: int, rounds: Iterable[int]) -> list[Event]:
-    """What a site with `rows` records releases in training in `rounds`; nothing without DP."""
+def unit_of(config: Config) -> Unit | None:
+    """What the noise of a run protects; None without noise."""
+    if config.split.noise:
+        return "position"
+    return None if config.privacy.unit == "none" else config.privacy.unit
+
+
+def releases(config: Config, rows: int, rounds: Iterable[int], batches: int = 0) -> list[Event]:
+    """What a site with `rows` records releases in training in `rounds`; nothing without noise.
+
+    `batches` are the micro-batches of an epoch, 0 where they are not known.
+    """
+    if config.split.noise:
+        return [event for at in rounds for event in _streamed(config, rows, at, batches)]
     if config.privacy.unit == "client":
         return clientlevel.site_events(config, rounds)
     if config.privacy.unit != "record":
@@ -53,13 +65,53 @@ def releases(config: Config, rows: int, rounds: Iterable[int]) -> list[Event]:
 
 def evaluations(config: Config, round_: int) -> list[Event]:
     """What a site releases when it is asked for the score of the payload after a round."""
-    return _scored(config, round_, 1)
+    return [*_scored(config, round_, 1), *_scoring(config, round_)]
 
 
-def planned(config: Config, rows: int, rounds: Sequence[int]) -> list[Event]:
+def planned(config: Config, rows: int, rounds: Sequence[int], batches: int = 0) -> list[Event]:
     """All that a site with `rows` records is to release in the rounds still to come."""
     first = evaluations(config, 0) if config.strategy.fraction < 1 and 1 in rounds else []
-    return [*first, *releases(config, rows, rounds), *evaluations(config, config.run.rounds)]
+    training = releases(config, rows, rounds, batches)
+    return [*first, *training, *evaluations(config, config.run.rounds)]
+
+
+def passes(config: Config, rows: int, round_: int, batches: int = 0) -> int:
+    """How often, at most, a round of training reads one row: the epochs that it is a part of.
+
+    `batches` are those of an epoch; where they are not known (0), at least as many as `rows` need.
+    """
+    train = config.train
+    least = batches or math.ceil(rows / train.batch_size)
+    taken = train.steps_in_round(least) * train.grad_accumulation
+    if batches:
+        return (round_ * taken - 1) // batches - (round_ - 1) * taken // batches + 1
+    # Long rows are cut into several, so that epochs may be longer and begin anywhere in a round.
+    beyond = train.grad_accumulation - 2
+    reach = taken - 2 if train.steps else train.epochs * least + max(beyond, 0)
+    return 2 + max(0, math.floor(reach / least))
+
+
+def _streamed(config: Config, rows: int, round_: int, batches: int) -> list[Event]:
+    """The vectors of one position on the stream: a hidden state and a gradient in every pass."""
+    count = 2 * passes(config, rows, round_, batches)
+    return [_vectors(config, round_, count, "training"), *_scoring(config, round_)]
+
+
+def _scoring(config: Config, round_: int) -> list[Event]:
+    """The hidden states of one held-out position when rows are scored once."""
+    if not config.split.noise:
+        return []
+    # The right one of several answers is also scored among them all, a row also with a trigger.
+    count = 1 + (config.data.format == "choice") + (config.attack.name != "none")
+    return [_vectors(config, round_, count, "held-out")]
+
+
+def _vectors(config: Config, round_: int, count: int, part: Part) -> Event:
+    # Any vector may take the place of another one, which moves it by up to twice the norm.
+    noise = config.split.noise / 2
+    return Event(
+        "gaussian", "position", noise, count=count, relation="replace-one", part=part, round=round_
+    )
 
 
 def parts_apart(config: Config) -> bool:

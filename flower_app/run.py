@@ -23,6 +23,7 @@ from flower_app.card import model_card
 from flower_app.config import Config
 from flower_app.guarantee import guarantee
 from flower_app.recorder import Recorder, summarise
+from flower_app.releases import unit_of
 from flower_app.report import results_table, write_report
 from flower_app.roster import Member, Roster
 from flower_app.runfolder import Checkpoint, CheckpointError, RunFolder, replacing
@@ -126,7 +127,7 @@ def _facts(
 ) -> dict[str, str]:
     """What stays the same when the run is resumed; raises ConfigError where it does not."""
     facts = {"layout": compose.travelling(config, payload).digest, "base": base.digest}
-    if compose.stores(config) or config.secure.on or config.privacy.on:
+    if compose.stores(config) or config.secure.on or unit_of(config):
         # The name that sites know the run by, whatever its folder is called.
         known = checkpoint.facts if checkpoint else {}
         facts["run"] = known.get("run", folder.path.name)

@@ -13,9 +13,13 @@ from flower_app.stream import exchange
 from models.payload import Payload
 from models.section import ConfigError
 from models.split.link import FrameLink, Limits
+from models.split.noise import NoisyLink, Norms
 from models.split.site import SplitPayload
+from models.split.step import Stream
 from models.split.wire import token_bytes
+from privacy.noise import Source
 from privacy.tls import Identity
+from privacy.tokens import adding
 from strategies.messages import Scalar, config_of
 
 KEY_QUERY = "split_key"
@@ -63,11 +67,16 @@ def _identity(state: RecordDict) -> Identity:
 
 @contextmanager
 def connected(
-    config: Config, payload: Payload, plan: Mapping[str, Scalar], state: RecordDict
+    config: Config,
+    payload: Payload,
+    plan: Mapping[str, Scalar],
+    state: RecordDict,
+    source: Source,
 ) -> Iterator[FrameLink | None]:
     """Lead to the server's middle while the block runs; nothing, and None, for other payloads.
 
-    Raises ConfigError without a key; what needs the stream raises StreamError when it breaks.
+    `source` is that of the noise: charge what leaves first. Raises ConfigError without a key; what
+    needs the stream raises StreamError when it breaks.
     """
     if not isinstance(payload, SplitPayload):
         yield None
@@ -83,11 +92,19 @@ def connected(
         timeout=config.run.deadline_s,
     )
     with FrameLink(ask, within) as link:
-        module.link = link
+        module.link = _noisy(config, link, source)
         try:
             yield link
         finally:
             module.link = None
+
+
+def _noisy(config: Config, link: FrameLink, source: Source) -> Stream:
+    """The link, with clipping and noise on all that it is given where the run asks for them."""
+    split = config.split
+    if not split.noise:
+        return link
+    return NoisyLink(link, Norms(split.clip_norm, split.clip_gradient), adding(source, split.noise))
 
 
 def carried(link: FrameLink | None) -> int:
@@ -95,12 +112,16 @@ def carried(link: FrameLink | None) -> int:
     return link.bytes_up + link.bytes_down if link else 0
 
 
-def traffic(link: FrameLink | None, training: int, tokens: int) -> dict[str, Scalar]:
-    """What a stream carried, as fields of a report; `training` bytes of it for so many tokens."""
+def traffic(link: FrameLink | None, training: int, tokens: int, batches: int) -> dict[str, Scalar]:
+    """What a stream carried, as fields of a report; `training` bytes of it for so many tokens.
+
+    `batches` are those of an epoch, from which it follows how often a row was read.
+    """
     if link is None:
         return {}
     return {
         "stream_bytes_up": link.bytes_up,
         "stream_bytes_down": link.bytes_down,
         "stream_bytes_per_token": training / max(tokens, 1),
+        "batches": batches,
     }

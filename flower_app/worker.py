@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import socket
 from collections.abc import Sequence
@@ -305,10 +304,7 @@ def train_round(
 
 def steps_per_round(config: Config, batches: Sequence[Batches]) -> int:
     """Optimiser steps of a round at a site; over several sites, their mean."""
-    if config.train.steps:
-        return config.train.steps
-    per_epoch = sum(len(b) for b in batches) / len(batches) / config.train.grad_accumulation
-    return math.ceil(config.train.epochs * per_epoch)
+    return config.train.steps_in_round(sum(len(b) for b in batches) / len(batches))
 
 
 def _show(name: str, round_: int, step: int, steps: int, loss: float, speed: float) -> None:

@@ -188,6 +188,12 @@ class TrainConfig(Section):
                 f"{self.prox_mu}; both correct the same drift, set one of them to nothing."
             )
 
+    def steps_in_round(self, batches: float) -> int:
+        """Optimiser steps of a round, with so many micro-batches in an epoch."""
+        import math
+
+        return self.steps or math.ceil(self.epochs * (batches / self.grad_accumulation))
+
     def learning_rate_at(self, round_: int, rounds: int) -> float:
         """Learning rate of round `round_` (1-based) of `rounds`."""
         import math

@@ -63,7 +63,7 @@ def _together(events: list[Event]) -> list[list[Event]]:
     """The events that may touch one and the same record, for each kind of record."""
     if len({event.unit for event in events}) > 1:
         raise ConfigError(
-            "Expected events of one unit to compose, got records and clients; use "
+            "Expected events of one unit to compose, got several; use "
             "events.of_unit to see all of them as one."
         )
     splits = {(event.split, event.site) for event in events}

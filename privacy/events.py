@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 from models.section import ConfigError, unknown
 
-Unit = Literal["record", "client"]
-Relation = Literal["zero-out"]
+Unit = Literal["record", "client", "position"]
+Relation = Literal["zero-out", "replace-one"]
 Part = Literal["training", "held-out"]
 Place = Literal["site", "sites", "server"]
 # `none` is a release without any noise. The discrete mechanisms are accounted by their bounds in
@@ -19,14 +20,19 @@ Place = Literal["site", "sites", "server"]
 Mechanism = Literal["gaussian", "discrete-gaussian", "skellam", "none"]
 # Either may be sampled: where a bound with sampling is not known, sampling is not counted.
 _SAMPLED: frozenset[str] = frozenset({"gaussian"})
+RELATIONS: Mapping[Unit, Relation] = MappingProxyType(
+    {"record": "zero-out", "client": "zero-out", "position": "replace-one"}
+)
 
 
 @dataclass(frozen=True)
 class Event:
     """`count` releases of one kind by one site in one round; raises ConfigError if incoherent.
 
-    `unit` is what the guarantee protects. `relation` zero-out: the contribution of one unit is
-    replaced by nothing, while the number of units is public. `noise_multiplier` is the standard
+    `unit` is what the guarantee protects; a position is one token of one row, as the vectors that
+    cross the cut of a split model show it. `relation` zero-out: the contribution of one unit is
+    replaced by nothing, while the number of units is public; replace-one, of positions: by that of
+    any other. `noise_multiplier` is the standard
     deviation of the noise over the L2 sensitivity; `sample_rate` the Poisson sampling of units
     (1.0: none), whose outcome nobody outside may learn; `xi` the extra Renyi divergence of a
     discrete mechanism. Releases about different `part`s of one `split` of the site's records touch
@@ -52,6 +58,11 @@ class Event:
         for what, choices in _CHOICES.items():
             if getattr(self, what) not in choices:
                 raise unknown(f"{what} of an event", str(getattr(self, what)), choices)
+        if self.relation != RELATIONS[self.unit]:
+            raise ConfigError(
+                f"Expected relation {RELATIONS[self.unit]!r} in an event of unit {self.unit!r}, "
+                f"got {self.relation!r}; correct the event."
+            )
         if self.mechanism != "none" and not 0 < self.noise_multiplier < math.inf:
             raise _wrong("a noise multiplier above 0", self.noise_multiplier)
         if not 0 < self.sample_rate <= 1:
@@ -83,16 +94,19 @@ class Event:
 
         One record changes an update within the clipping norm, so by at most twice that norm: half
         the noise multiplier, and no sampling is counted. Noise for one record says nothing of a
-        whole client.
+        whole client, and noise for one position nothing of its record.
         """
-        if self.unit == unit or self.mechanism == "none":
-            return replace(self, unit=unit)
-        if unit == "record":
+        if self.unit == unit:
+            return self
+        if unit == "record" and self.unit == "client" and self.mechanism != "none":
             halved = self.noise_multiplier / 2
             return replace(
                 self, unit=unit, noise_multiplier=halved, sample_rate=1.0, xi=2 * self.xi
             )
-        return replace(self, unit=unit, mechanism="none", noise_multiplier=0.0, xi=0.0)
+        return replace(
+            self, unit=unit, relation=RELATIONS[unit], mechanism="none", noise_multiplier=0.0,
+            xi=0.0,
+        )  # fmt: skip
 
 
 _FIELDS = tuple(field.name for field in fields(Event))
@@ -106,7 +120,12 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 
 
 def of_unit(events: Iterable[Event], unit: Unit) -> list[Event]:
-    """All events as they touch one unit."""
+    """All events as they touch one unit; of positions, none but the vectors of streams.
+
+    A guarantee for a position is one for these vectors alone, whatever else leaves the site.
+    """
+    if unit == "position":
+        return [event for event in events if event.unit == unit]
     return [event.seen_as(unit) for event in events]
 
 

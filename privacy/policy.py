@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError
 
 from models.section import ConfigError, Section, unknown
 from privacy.accounting import spent, within
-from privacy.events import Event, Unit, of_unit
+from privacy.events import RELATIONS, Event, Unit, of_unit
 
 
 class PolicyError(ConfigError):
@@ -38,14 +38,17 @@ class Policy(Section):
         None,
         gt=0,
         description="Epsilon that all runs together may spend, for one record or client, "
-        "as the run protects one or the other.",
+        "as the run protects one or the other; for one position with "
+        '`require-unit = "position"`.',
     )
     delta: float = Field(1e-5, ge=1e-12, lt=1, description="Delta that `max-epsilon` is for.")
     min_noise_multiplier: float | None = Field(
         None, gt=0, description="Least noise of a release, in standard deviations over sensitivity."
     )
     require_unit: Unit | None = Field(
-        None, description="What a run must protect: `record` or `client`."
+        None,
+        description="What a run must protect: `record`, `client`, or `position`, which is no more "
+        "than the vectors on the stream of a split run (`split.noise`).",
     )
     trust_server_noise: bool = Field(
         False, description="Whether noise that the server adds counts as noise here."
@@ -70,16 +73,17 @@ class Policy(Section):
         """Whether a run without differential privacy is refused."""
         return bool(self.max_epsilon or self.min_noise_multiplier or self.require_unit)
 
+    def limits(self, unit: str) -> bool:
+        """Whether what the policy says of noise and epsilon is for such a unit."""
+        return unit == self.require_unit if self.require_unit else unit in ("record", "client")
+
     def admit(self, request: Request) -> None:
         """Refuse a run for what it is, whatever it would spend; raises PolicyError."""
-        if self.wants_noise and request.unit == "none":
-            raise self._refusal(
-                f"privacy.unit={self.require_unit or 'record'!r}", "'none'", "ask for it"
-            )
-        if self.require_unit and request.unit != self.require_unit:
-            raise self._refusal(
-                f"privacy.unit={self.require_unit!r}", repr(request.unit), "ask for it"
-            )
+        if self.wants_noise and not self.limits(request.unit):
+            remedy = "ask for it"
+            if request.unit == "position" and not self.require_unit:
+                remedy += ", or let the site set require-unit='position'"
+            raise self._refusal(_asks(self.require_unit or "record"), repr(request.unit), remedy)
         if self.require_secure_aggregation and not request.secure_aggregation:
             raise self._refusal("secure aggregation", "none", "set secure.aggregation")
         self._among("payload.kind", request.payload, self.allowed_payloads)
@@ -116,7 +120,9 @@ class Policy(Section):
                 raise self._refusal(
                     f"a noise multiplier of at least {max(least, 1e-9):g}",
                     f"{event.noise_multiplier:.4g} ({event.part} rows)",
-                    "raise privacy.noise-multiplier, or lower privacy.epsilon",
+                    "raise split.noise, twice this"
+                    if event.unit == "position"
+                    else "raise privacy.noise-multiplier, or lower privacy.epsilon",
                 )
 
     def check_budget(self, unit: Unit, past: Sequence[Event], planned: Sequence[Event]) -> None:
@@ -130,7 +136,7 @@ class Policy(Section):
         together = spent([*before, *new], self.delta)
         raise self._refusal(
             f"at most epsilon {self.max_epsilon:g} (max-epsilon; per {unit}, delta "
-            f"{self.delta:g}, zero-out)",
+            f"{self.delta:g}, {RELATIONS[unit]})",
             f"{_number(together)} with this run: {_number(already)} was spent before, "
             f"{_number(max(0.0, self.max_epsilon - already))} remains, and {_rounds(planned)} "
             f"would by themselves spend {_number(alone)}",
@@ -172,6 +178,11 @@ def read_policy(path: Path) -> Policy:
             f"{policy.min_rows}; change one."
         )
     return policy
+
+
+def _asks(unit: Unit) -> str:
+    """The setting of a run that protects a unit."""
+    return "split.noise above 0" if unit == "position" else f"privacy.unit={unit!r}"
 
 
 def _number(value: float) -> str:

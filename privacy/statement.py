@@ -8,16 +8,24 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from privacy.accounting import accountant, spent
-from privacy.events import Event, Unit, of_unit
+from privacy.events import RELATIONS, Event, Unit, of_unit
 
 _OF_UNIT = {
     "record": "one record is one row: who is in several rows is protected less",
     "client": "one client is one site with all that it sends",
+    "position": "one position is what a stream carries of one token of one row, in all passes over "
+    "the row: the vectors of the other tokens, in which attention lets it show, are not counted",
 }
-_ZERO_OUT = {
+_RELATION = {
     "record": "zero-out: a record's contribution against none; how many rows a site has is public",
     "client": "zero-out: a site's contribution against none; which sites there are is public",
+    "position": "replace-one: the vectors of one position against any others; how long the rows "
+    "are is public",
 }
+_STREAM_ALONE = (
+    "the vectors of streams alone: trained parameters that travel, losses and scores leave the "
+    "site without noise, so that nothing is guaranteed for a row"
+)
 _NOISE_AT = {
     "server": "the server adds the noise, sees each update without it, and is trusted to",
     "sites": "the noise is the sum of the sites' shares, none of which is known to who attacks: "
@@ -52,20 +60,21 @@ def state(events: Iterable[Event], unit: Unit, delta: float) -> Statement:
     """What events guarantee a unit together; raises ConfigError for a delta out of range."""
     told = list(events)
     seen = of_unit(told, unit)
-    assumptions = [_OF_UNIT[unit], _ZERO_OUT[unit]]
-    assumptions += sorted({_NOISE_AT[event.noise_at] for event in told if event.noise_at != "site"})
+    assumptions = [_OF_UNIT[unit], _RELATION[unit]]
+    assumptions += [_STREAM_ALONE] if unit == "position" else []
+    assumptions += sorted({_NOISE_AT[event.noise_at] for event in seen if event.noise_at != "site"})
     if any(event.sample_rate < 1 for event in seen):
         assumptions.append(
             f"Poisson sampling of {unit}s, of which nobody outside learns who was drawn"
         )
     if any(event.part == "held-out" for event in seen):
         assumptions.append("training rows and held-out rows are different records")
-    if any(event.unit != unit for event in told):
+    if any(event.unit != unit for event in told) and unit != "position":
         assumptions.append(f"releases for another unit are counted by what they mean for a {unit}")
     if any(event.mechanism == "none" for event in seen):
         assumptions.append("there were releases without noise: nothing is guaranteed")
     return Statement(
-        unit, spent(seen, delta), delta, "zero-out", accountant(seen), tuple(assumptions)
+        unit, spent(seen, delta), delta, RELATIONS[unit], accountant(seen), tuple(assumptions)
     )
 
 

@@ -53,6 +53,9 @@ def results_table(summary: Mapping[str, Any]) -> str:
 def privacy(summary: Mapping[str, Any]) -> str:
     """Epsilon with its unit and delta in a few words; empty without differential privacy."""
     told = summary.get("privacy")
+    stream = told.get("stream") if isinstance(told, Mapping) else None
+    if isinstance(stream, Mapping) and (epsilon := number(stream, "epsilon")) is not None:
+        return f"epsilon {shown(epsilon)} per position of the streams; none for records"
     if not isinstance(told, Mapping) or told.get("unit") not in ("record", "client"):
         return ""
     epsilon, delta = number(told, "epsilon"), number(told, "delta")

@@ -166,7 +166,8 @@ def privacy(run: Run) -> list[str]:
     if not isinstance(told, Mapping) or unit == "none":
         return [
             "Trained parameters can carry traces of the rows they were trained on. This page makes "
-            "no claim of differential privacy."
+            f"no claim of differential privacy{' for rows' if stream(run) else ''}.",
+            *stream(run),
         ]
     if not run.finished:
         return [f"Noise protects each {unit}; what it guarantees is accounted at the end."]
@@ -183,6 +184,20 @@ def privacy(run: Run) -> list[str]:
             f"{shown(max(known))}, by their rows and the rounds in which they were asked."
         )
     return said
+
+
+def stream(run: Run) -> list[str]:
+    """What the noise on the vectors of a split model's streams guarantees; nothing without."""
+    told = run.summary.get("privacy")
+    told = told.get("stream") if isinstance(told, Mapping) else None
+    if not isinstance(told, Mapping) or number(told, "epsilon") is None:
+        return []
+    assumed = told.get("assumptions")
+    rests = "; ".join(str(entry) for entry in assumed) if isinstance(assumed, list) else "unknown"
+    return [
+        "Every vector that crossed the cut to the server was clipped and had noise added: "
+        f"{told.get('text')}. It rests on this: {rests}."
+    ]
 
 
 def spent(run: Run) -> str:

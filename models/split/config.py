@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from models.section import Section
+from models.section import ConfigError, Section
 
 
 class SplitConfig(Section):
@@ -51,6 +51,25 @@ class SplitConfig(Section):
         description="How hidden states and their gradients travel; whole numbers have a scale for "
         "each token.",
     )
+    noise: float = Field(
+        0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Noise that a site adds to every vector before it leaves on its stream: "
+        "standard deviation over the norm that the vector is clipped to; 0 adds none.",
+    )
+    clip_norm: float = Field(
+        0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="L2 norm to which each hidden state is clipped, with `noise`.",
+    )
+    clip_gradient: float = Field(
+        0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="L2 norm to which each token's gradient is clipped, with `noise`.",
+    )
     wait_s: float = Field(
         60.0,
         gt=0,
@@ -71,3 +90,18 @@ class SplitConfig(Section):
         description="Address and port at which the sites reach it, such as "
         "`server.example.org:9095`; empty is that of `listen`.",
     )
+
+    def check(self) -> None:
+        """Refuse noise without both norms, and norms that nothing uses; raises ConfigError."""
+        norms = {"split.clip-norm": self.clip_norm, "split.clip-gradient": self.clip_gradient}
+        for key, norm in norms.items():
+            if self.noise and not norm:
+                raise ConfigError(
+                    f"Expected {key} above 0 with split.noise={self.noise:g}, got 0; set it, to "
+                    "about the median norm of what it clips."
+                )
+            if norm and not self.noise:
+                raise ConfigError(
+                    f"Expected {key}=0 with split.noise=0, got {norm:g}, which clips nothing "
+                    "without noise; set split.noise as well."
+                )

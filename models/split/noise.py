@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from models.section import ConfigError
-from models.split.link import FrameLink
+from models.split.step import Stream
 
 # Values (float64) and the L2 norm that none of their vectors exceeds -> the same with noise.
 Add = Callable[[Tensor, float], Tensor]
@@ -54,7 +54,7 @@ class NoisyLink:
     `released` counts the vectors.
     """
 
-    link: FrameLink
+    link: Stream
     norms: Norms
     add: Add
     released: Released = field(default_factory=Released)

@@ -16,8 +16,7 @@ from models.config import TrainConfig
 from models.payload import Payload
 from models.split.adapter import added, join
 from models.split.cut import Head, Tail
-from models.split.link import FrameLink
-from models.split.step import SiteStep, SplitError
+from models.split.step import SiteStep, SplitError, Stream
 from models.train import Correction, Progress, Step, Trained, finite, optimise
 
 
@@ -32,7 +31,7 @@ class SiteModel(nn.Module):
         self.head = head
         self.tail = tail
         self.config = tail.model.config
-        self.link: FrameLink | None = None
+        self.link: Stream | None = None
         self._keys = itertools.count(1)
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
@@ -44,7 +43,7 @@ class SiteModel(nn.Module):
                     seen.add(id(parameter))
                     yield part.name_in_whole(name), parameter
 
-    def middle(self) -> FrameLink:
+    def middle(self) -> Stream:
         """The link; raises SplitError where there is none."""
         if self.link is None:
             raise SplitError("Expected a stream to the middle, got none; open one first.")

@@ -34,6 +34,16 @@ class Link(Protocol):
         """The gradient before the middle, of that behind it, for the forward pass `key`."""
 
 
+class Stream(Link, Protocol):
+    """A link that leads to the middle for a whole round."""
+
+    def score(self, key: int, hidden: Tensor, mask: Tensor) -> Future[Tensor]:
+        """Hidden states behind the middle as it was when the round began."""
+
+    def step(self, number: int) -> Future[Tensor]:
+        """Done when the middle has taken its optimiser step."""
+
+
 class SiteStep:
     """The site's side of an optimiser step: leaves gradients in head and tail.
 

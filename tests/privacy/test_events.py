@@ -23,8 +23,9 @@ def test_an_event_survives_a_file() -> None:
     ("change", "wrong"),
     [
         ({"mechanism": "gausian"}, "Unknown mechanism of an event 'gausian'. Did you mean"),
-        ({"unit": "token"}, "Unknown unit of an event 'token'.*Choices: client, record"),
+        ({"unit": "token"}, "Unknown unit of an event 'token'.*Choices: client, position, record"),
         ({"relation": "replace"}, "Unknown relation of an event"),
+        ({"relation": "replace-one"}, "relation 'zero-out' in an event of unit 'record', got"),
         ({"part": "test"}, "Unknown part of an event"),
         ({"noise_at": "nowhere"}, "Unknown noise_at of an event"),
         ({"noise": 1.0}, "Unknown field of an event 'noise'"),
@@ -50,3 +51,11 @@ def test_an_event_that_lacks_a_field_is_refused() -> None:
 def test_seen_as_its_own_unit_an_event_stays_itself() -> None:
     assert of_unit([WHOLE], "record") == [WHOLE]
     assert of_unit([WHOLE], "client")[0].mechanism == "none"
+
+
+def test_noise_for_a_position_says_nothing_of_a_record_and_stands_by_itself() -> None:
+    vectors = Event("gaussian", "position", 2.0, relation="replace-one", count=4)
+    for unit in ("record", "client"):
+        seen = vectors.seen_as(unit)
+        assert (seen.unit, seen.mechanism, seen.relation) == (unit, "none", "zero-out")
+    assert of_unit([WHOLE, vectors, Event("none", "record")], "position") == [vectors]

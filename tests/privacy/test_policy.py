@@ -64,8 +64,11 @@ def test_an_empty_policy_allows_everything(tmp_path: Path) -> None:
         ("max-epsilon = 'much'", "max-epsilon: Input should be a valid number"),
         ("max-epsilon = nan", "max-epsilon: Input should be greater than 0"),
         ("delta = 1.0", "delta: Input should be less than 1"),
-        ("require-unit = 'token'", "require-unit: Input should be 'record' or 'client'"),
-        ("require-unit = 'none'", "require-unit: Input should be 'record' or 'client'"),
+        (
+            "require-unit = 'token'",
+            "require-unit: Input should be 'record', 'client' or 'position'",
+        ),
+        ("require-unit = 'none'", "require-unit: Input should be 'record', 'client' or 'position'"),
         ("allowed-payloads = 'lora'", "allowed-payloads: Input should be a valid list"),
         ("max-rounds = true", "max-rounds: Input should be a valid integer"),
         ("min-rows = 9\nmax-rows = 8", "min-rows of at most max-rows=8.*got 9"),
