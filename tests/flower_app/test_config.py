@@ -232,6 +232,7 @@ def configs(draw: st.DrawFn) -> dict[str, Value]:
     flat["run.name"] = draw(st.from_regex(r"[A-Za-z0-9._-]+", fullmatch=True))
     flat["payload.site-ranks"] = draw(st.sampled_from(["", "1", " 1,1"]))
     flat["payload.kind"], flat["model.quantization"] = "full", "none"
+    flat |= {"split.noise": 0.0, "split.clip-norm": 0.0, "split.clip-gradient": 0.0}
     if flat["train.correction"] == "scaffold":
         flat |= {"train.optimizer": "sgd", "train.prox-mu": 0.0, "strategy.pre": ""}
         flat |= {"strategy.weighting": "uniform", "strategy.rule": "mean"}
