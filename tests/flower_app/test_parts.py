@@ -84,7 +84,10 @@ def address(sides: Path) -> Iterator[str]:
             yield found[1]
         finally:
             server.send_signal(signal.SIGINT)
-            assert server.wait(timeout=30) == 0
+            try:
+                assert server.wait(timeout=30) == 0
+            finally:  # where Ctrl-C is ignored, as in a shell's background, nothing would end it
+                server.kill()
 
 
 def ask(sides: Path, address: str, *more: str, who: str = "site") -> int:
