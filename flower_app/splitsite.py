@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from logging import INFO
 
 from flwr.app import ConfigRecord, RecordDict
+from flwr.common.logger import log
 
 from flower_app.config import Config
 from flower_app.stream import exchange
@@ -96,6 +98,8 @@ def connected(
         try:
             yield link
         finally:
+            if isinstance(module.link, NoisyLink):
+                log(INFO, "Left on the stream with noise: %s", module.link.released)
             module.link = None
 
 

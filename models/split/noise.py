@@ -40,11 +40,26 @@ class Norms:
 
 @dataclass
 class Released:
-    """How many vectors left the site with noise."""
+    """How many vectors left the site with noise, and how many of them were longer than the norm."""
 
     hidden: int = 0
     gradients: int = 0
     held_out: int = 0
+    clipped_hidden: int = 0
+    clipped_gradients: int = 0
+
+    def __str__(self) -> str:
+        """The counts in words."""
+        hidden = self.hidden + self.held_out
+        return (
+            f"{hidden} hidden states ({_percent(self.clipped_hidden, hidden)} clipped) and "
+            f"{self.gradients} gradients ({_percent(self.clipped_gradients, self.gradients)} "
+            "clipped)"
+        )
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{100 * part / max(whole, 1):.0f} %"
 
 
 @dataclass
@@ -63,30 +78,37 @@ class NoisyLink:
     def forward(self, key: int, hidden: Tensor, mask: Tensor) -> Future[Tensor]:
         """Hidden states behind the middle, of noisy ones before it."""
         self._masks[key] = mask
+        noisy, longer = self._noisy(hidden, mask, self.norms.hidden)
         self.released.hidden += int(mask.sum())
-        return self.link.forward(key, self._noisy(hidden, mask, self.norms.hidden), mask)
+        self.released.clipped_hidden += longer
+        return self.link.forward(key, noisy, mask)
 
     def backward(self, key: int, gradient: Tensor) -> Future[Tensor]:
         """The gradient before the middle, of a noisy one behind it."""
         mask = self._masks.pop(key)
+        noisy, longer = self._noisy(gradient, mask, self.norms.gradient)
         self.released.gradients += int(mask.sum())
-        return self.link.backward(key, self._noisy(gradient, mask, self.norms.gradient))
+        self.released.clipped_gradients += longer
+        return self.link.backward(key, noisy)
 
     def score(self, key: int, hidden: Tensor, mask: Tensor) -> Future[Tensor]:
         """As `forward`, for held-out rows."""
+        noisy, longer = self._noisy(hidden, mask, self.norms.hidden)
         self.released.held_out += int(mask.sum())
-        return self.link.score(key, self._noisy(hidden, mask, self.norms.hidden), mask)
+        self.released.clipped_hidden += longer
+        return self.link.score(key, noisy, mask)
 
     def step(self, number: int) -> Future[Tensor]:
         """Done when the middle has taken its optimiser step."""
         return self.link.step(number)
 
-    def _noisy(self, values: Tensor, mask: Tensor, norm: float) -> Tensor:
+    def _noisy(self, values: Tensor, mask: Tensor, norm: float) -> tuple[Tensor, int]:
+        """The values that may leave, and how many of their vectors were clipped."""
         there = mask.bool().cpu()
-        vectors = clipped(values.detach().cpu()[there], norm)
+        vectors = values.detach().cpu()[there]
         found = torch.zeros(values.shape, dtype=torch.float64)
-        found[there] = self.add(vectors, norm)
-        return found.to(values)
+        found[there] = self.add(clipped(vectors, norm), norm)
+        return found.to(values), int((vectors.double().norm(dim=-1) > norm).sum())
 
 
 def clipped(vectors: Tensor, norm: float) -> Tensor:

@@ -14,9 +14,11 @@ from flower_app.account import ServerAccount
 from flower_app.card import model_card
 from flower_app.config import parse
 from flower_app.guarantee import guarantee
+from flower_app.releases import passes
 from flower_app.report import read_run, results_table, words, write_report
 from privacy.accounting import epsilon, spent
 from privacy.events import Event
+from privacy.tokens import epsilon_of_vectors
 from tests.flower_app.nodes import Nodes
 from tests.flower_app.report_runs import make_run
 
@@ -92,6 +94,19 @@ def test_noise_at_the_server_is_taken_from_its_ledger(nodes: Nodes, tmp_path: Pa
     assert any("server adds the noise" in said for said in told["assumptions"])
     assert any("run folder is not covered" in said for said in told["assumptions"])
     assert not any("repeats" in said for said in told["assumptions"])
+
+
+def test_noise_on_a_stream_is_told_beside_that_records_have_none(nodes: Nodes) -> None:
+    keys: dict[str, Any] = {
+        "payload__kind": "split", "split__noise": 9.0, "split__clip_norm": 1.0,
+        "split__clip_gradient": 1.0,
+    }  # fmt: skip
+    config, told = parse(nodes.flat(**keys)), of(nodes, **keys)
+    assert told["unit"] == "none" and "epsilon" not in told
+    # Where nobody says how many batches an epoch has, a bound takes their place.
+    vectors = 3 * 2 * passes(config, ROWS["east"], 1)
+    assert told["stream"]["sites"]["east"] == epsilon_of_vectors(9.0, 1e-5, vectors)
+    assert told["stream"]["epsilon"] == max(told["stream"]["sites"].values())
 
 
 def test_seeded_noise_is_told_to_protect_nobody(nodes: Nodes) -> None:
@@ -171,7 +186,17 @@ def test_a_secure_run_that_has_not_ended_says_so_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "told",
-    ["yes", 3, None, {}, {"unit": "none"}, {"unit": "token", "epsilon": 1.0}, {"unit": ["record"]}],
+    [
+        "yes",
+        3,
+        None,
+        {},
+        {"unit": "none"},
+        {"unit": "token", "epsilon": 1.0},
+        {"unit": ["record"]},
+        {"unit": "none", "stream": "yes"},
+        {"unit": "none", "stream": {"epsilon": "little"}},
+    ],
 )
 def test_a_report_claims_nothing_that_it_does_not_know(tmp_path: Path, told: object) -> None:
     folder = make_run(tmp_path / "run")

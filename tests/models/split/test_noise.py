@@ -85,6 +85,12 @@ def test_all_that_leaves_is_noisy_and_counted() -> None:
         assert not bool(message.values[~there].any())  # nothing at padding
     released = link.released
     assert (released.hidden, released.gradients, released.held_out) == (count, count, count)
+    longer = [int((v.norm(dim=-1) >= n * (1 - 1e-9)).sum()) for v, n in recorded.given]
+    assert (released.clipped_hidden, released.clipped_gradients) == (
+        longer[0] + longer[2],
+        longer[1],
+    )
+    assert longer[0] > 0 and f"{2 * count} hidden states (" in str(released)
 
 
 def test_without_noise_and_with_wide_norms_nothing_changes() -> None:
