@@ -55,7 +55,7 @@ class Joined(Streams):
         self._begun: set[str] = set()  # has asked for a pass in this round
         self._taught: set[str] = set()  # sent gradients for the next step
         self._computing = False
-        self._came: float | None = None  # when the first site did
+        self._came = 0.0  # when the first site did
         self._since = 0.0  # since when the next wave is waited for
 
     def _rests(self, site: str) -> None:
@@ -93,10 +93,11 @@ class Joined(Streams):
         with self._changed:
             while not mine.done:
                 self._go_on(site)
-                if not self._computing and (wave := self._wave()):
+                now = time.monotonic()  # one for both, so that no moment falls between them
+                if not self._computing and (wave := self._wave(now)):
                     self._computing = True
                     return wave
-                self._changed.wait(self._patience())
+                self._changed.wait(self._patience(now))
             return None
 
     def _computed(self, wave: _Wave) -> dict[str, Tensor | Exception | None]:
@@ -137,39 +138,35 @@ class Joined(Streams):
             self._since = time.monotonic()
             self._changed.notify_all()
 
-    def _missing(self) -> list[str]:
-        """Sites that take part and have not asked yet."""
-        came = self._came if self._came is not None else time.monotonic()
-        late = time.monotonic() - came >= self._settings.wait_s
-        return [
-            site
-            for site in self._sites
-            if site not in self._gone | self._resting | self._asking.keys()
-            and (site in self._open or not late)
-        ]
+    def _left(self, since: float, now: float) -> float:
+        """Seconds left of waiting since then, or less than 0."""
+        return since + self._settings.wait_s - now
 
-    def _waits(self, missing: Sequence[str]) -> bool:
+    def _missing(self, now: float) -> list[str]:
+        """Sites that take part and have not asked yet."""
+        here = self._open.keys() if self._left(self._came, now) <= 0 else set(self._sites)
+        away = self._gone | self._resting | self._asking.keys()
+        return [site for site in self._sites if site in here and site not in away]
+
+    def _waits(self, missing: Sequence[str], now: float) -> bool:
         """Whether passes wait for those: always for one that has yet to begin."""
-        late = time.monotonic() - self._since >= self._settings.wait_s
+        late = self._left(self._since, now) <= 0
         return bool(missing) and (not late or any(site not in self._begun for site in missing))
 
-    def _patience(self) -> float:
+    def _patience(self, now: float) -> float:
         """Seconds until waiting may be over; leaves out who stalls."""
-        missing = self._missing()
-        left = self._drop_stalled(missing)
-        now = time.monotonic()
-        for since in (self._since, self._came or now):
-            if (until := since + self._settings.wait_s - now) > 0:
-                left = min(left, until)
+        missing = self._missing(now)
+        stalling = self._drop_stalled(missing)
         if any(site in self._gone for site in missing):
             self._changed.notify_all()
             return 0.0
-        return left
+        waiting = (self._left(since, now) for since in (self._since, self._came))
+        return min([stalling, *(left for left in waiting if left > 0)])
 
-    def _wave(self) -> _Wave | None:
+    def _wave(self, now: float) -> _Wave | None:
         """What can be computed now."""
-        missing = self._missing()
-        if self._waits(missing):
+        missing = self._missing(now)
+        if self._waits(missing, now):
             return None
         asked = {site: self._asking[site].asked for site in sorted(self._asking)}
         forwards = [one for one in asked.values() if isinstance(one, Forward)]

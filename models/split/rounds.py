@@ -228,8 +228,8 @@ class Streams(ABC):
         """End the round for all; what was trained, by the names of the whole model's adapter."""
         with self._changed:
             self._over = SplitError("Expected questions before the end of the round; it is over.")
-            for inbox in self._open.values():
-                inbox.close(self._over)
+            for site, inbox in self._open.items():  # those at rest have nothing to be told
+                inbox.close(self._over if site in self._stepping else None)
             self._changed.notify_all()
         return [self._trainer.trained()]
 
@@ -275,7 +275,8 @@ class Streams(ABC):
         except TimeoutError:
             raise self._stalled() from None
         with self._changed:
-            self._go_on(site)
+            if frame is not None:
+                self._go_on(site)
             self._silent.pop(site, None)
         return frame
 
