@@ -9,7 +9,16 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from flower_app.bench import aggregation, dp, memory, packing, secure, simulation, split_memory
+from flower_app.bench import (
+    aggregation,
+    dp,
+    memory,
+    packing,
+    secure,
+    simulation,
+    split,
+    split_memory,
+)
 from flower_app.bench.output import Outcome, machine
 
 BENCHMARKS: Mapping[str, Callable[[bool], Outcome]] = {
@@ -20,6 +29,7 @@ BENCHMARKS: Mapping[str, Callable[[bool], Outcome]] = {
     "aggregation": aggregation.measure,
     "secure-aggregation": secure.measure,
     "dp": dp.measure,
+    "split": split.measure,
 }
 
 

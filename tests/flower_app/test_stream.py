@@ -12,6 +12,7 @@ from pathlib import Path
 import grpc
 import pytest
 
+from flower_app.bench.proxy import DelayingProxy
 from flower_app.stream import Frames, StreamError, StreamServer, exchange
 from models.section import ConfigError
 from privacy.tls import HOST, Identity, fingerprint
@@ -172,29 +173,11 @@ def test_a_listener_in_between_sees_no_plain_text(
     server: StreamServer, keys: dict[str, Identity]
 ) -> None:
     seen: list[bytes] = []
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-        threading.Thread(target=forward, args=(listener, server.port, seen), daemon=True).start()
-        assert ask(server, keys, "north", SECRET, port=port) == [b"north:" + SECRET[::-1]]
+    with DelayingProxy(server.port, seen=seen.append) as proxy:
+        assert ask(server, keys, "north", SECRET, port=proxy.port) == [b"north:" + SECRET[::-1]]
     passed = b"".join(seen)
-    assert len(passed) > 2 * len(SECRET)
+    assert len(passed) == proxy.passed > 2 * len(SECRET)
     assert SECRET[:12] not in passed and SECRET[::-1][:12] not in passed
-
-
-def forward(listener: socket.socket, port: int, seen: list[bytes]) -> None:
-    inner, _ = listener.accept()
-    outer = socket.create_connection(("127.0.0.1", port))
-
-    def copy(source: socket.socket, sink: socket.socket) -> None:
-        try:
-            while chunk := source.recv(65536):
-                seen.append(chunk)
-                sink.sendall(chunk)
-        except OSError:
-            pass
-
-    threading.Thread(target=copy, args=(outer, inner), daemon=True).start()
-    copy(inner, outer)
 
 
 def test_what_cannot_be_had_is_refused(server: StreamServer, keys: dict[str, Identity]) -> None:
