@@ -271,6 +271,8 @@ def _wrong_with_split(config: Config) -> Iterator[str]:
                 f"Expected {key}={json.dumps(value)} with payload.kind='split', got {got!r}; "
                 "set it, or train another payload."
             )
+    if config.split.head == "soft-prompt":
+        yield from _wrong_with_prompt(config)
     parts = {"head": config.split.head, "middle": config.split.middle, "tail": config.split.tail}
     for part, what in parts.items():
         if what == "full" and config.model.dtype != "float32":
@@ -288,6 +290,22 @@ def _wrong_with_split(config: Config) -> Iterator[str]:
             "Expected a strategy.rule that needs no whole model at the server with "
             f"payload.kind='split', got {config.strategy.rule!r}; set 'lora-svd' or 'mean'."
         )
+
+
+def _wrong_with_prompt(config: Config) -> Iterator[str]:
+    """What would not be one adapter with a soft prompt in PEFT, or not one of a causal model."""
+    wanted: dict[str, tuple[str, str]] = {
+        "split.middle": (config.split.middle, "none"),
+        "split.tail": (config.split.tail, "none"),
+        "model.task": (config.model.task, "causal-lm"),
+        "payload.options": (config.payload.options, ""),
+    }
+    for key, (got, value) in wanted.items():
+        if got != value:
+            yield (
+                f"Expected {key}={value!r} with split.head='soft-prompt', got {got!r}, with which "
+                "it is no adapter that PEFT knows; set it, or split.head='lora'."
+            )
 
 
 def _paths_that_travel(config: Config) -> Iterator[str]:

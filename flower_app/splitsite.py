@@ -32,7 +32,8 @@ ADDRESS, CERTIFICATE = "split-address", "split-certificate"
 
 def limits(config: Config, hidden_size: int) -> Limits:
     """What one message of a stream may hold."""
-    tokens = config.train.batch_size * config.train.max_length
+    prompt = config.payload.num_virtual_tokens if config.split.head == "soft-prompt" else 0
+    tokens = config.train.batch_size * (prompt + config.train.max_length)
     return Limits(tokens, hidden_size, config.split.wire)
 
 

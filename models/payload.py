@@ -315,18 +315,30 @@ def _start_prompt(
         # PEFT draws with a standard deviation of 1, which would drown the text's own embeddings.
         prompt.normal_(std=float(vocabulary.float().std()))
         return
-    if config.init == "vocabulary":
-        ids = torch.randint(vocabulary.shape[0], (len(prompt),))
-    else:
-        if tokenizer is None:
-            raise ConfigError(
-                "Expected a tokenizer with payload.init='text', got none; pass tokenizer=."
-            )
-        words = tokenizer(config.init_text, add_special_tokens=False)["input_ids"]
-        if not words:
-            raise ConfigError(
-                f"Expected payload.init-text with words in it, got {config.init_text!r}; write the "
-                "hard prompt to start from, or set payload.init='vocabulary'."
-            )
-        ids = torch.tensor(words).repeat(-(-len(prompt) // len(words)))[: len(prompt)]
+    ids = start_ids(config, len(prompt), len(vocabulary), tokenizer)
     prompt.copy_(vocabulary[ids.to(vocabulary.device)])
+
+
+def start_ids(
+    config: PayloadConfig,
+    count: int,
+    vocabulary: int,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> Tensor:
+    """Token ids (count,) whose embeddings a soft prompt starts from; raises ConfigError.
+
+    With `payload.init='vocabulary'` they are drawn from torch's own generator.
+    """
+    if config.init == "vocabulary":
+        return torch.randint(vocabulary, (count,))
+    if tokenizer is None:
+        raise ConfigError(
+            "Expected a tokenizer with payload.init='text', got none; pass tokenizer=."
+        )
+    words = tokenizer(config.init_text, add_special_tokens=False)["input_ids"]
+    if not words:
+        raise ConfigError(
+            f"Expected payload.init-text with words in it, got {config.init_text!r}; write the "
+            "hard prompt to start from, or set payload.init='vocabulary'."
+        )
+    return torch.tensor(words).repeat(-(-count // len(words)))[:count]

@@ -29,15 +29,20 @@ from models.split.cut import Part
 
 _WRAPPER = "base_model.model."
 _WEIGHTS = "adapter_model.safetensors"
+# A soft prompt, as the whole model under PEFT has it, and as PEFT's files have it.
+_PROMPT, _SAVED_PROMPT = "prompt_encoder.embedding.weight", "prompt_embeddings"
 # Keys of adapter_config.json that say where it came from, not what it computes.
 _INDECISIVE = ("base_model_name_or_path", "revision", "peft_version", "inference_mode")
 
 
 def adapt(model: Any, config: PayloadConfig | PeftConfig, task: str) -> PeftConfig:
-    """Attach LoRA to a whole model without weights, in place; raises ConfigError."""
+    """Attach LoRA, or a soft prompt, to a whole model without weights; raises ConfigError.
+
+    Of a prompt, nothing is left in the model: the head has it (`models.split.prompt`).
+    """
     if isinstance(config, PeftConfig):
         return _attached(model, config)
-    if config.kind != "lora":
+    if config.kind not in ("lora", "soft-prompt"):
         raise ConfigError(
             f"Expected payload.kind='lora' in the parts of a split model, got {config.kind!r}; "
             "set it, or train the parts in full."
@@ -47,11 +52,13 @@ def adapt(model: Any, config: PayloadConfig | PeftConfig, task: str) -> PeftConf
 
 
 def _attached(model: Any, settings: PeftConfig) -> PeftConfig:
+    what = "LoRA" if isinstance(settings, LoraConfig) else "a soft prompt"
     try:
-        peft.get_peft_model(model, settings)
+        with seeded(0):
+            peft.get_peft_model(model, settings)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(
-            f"Expected LoRA to fit a {type(model).__name__}, but it does not ({error}); change "
+            f"Expected {what} to fit a {type(model).__name__}, but it does not ({error}); change "
             "payload.target-modules or payload.options."
         ) from error
     return settings
@@ -82,13 +89,18 @@ def before_adapting(name: str) -> str:
 
 def train_only(part: Part, what: str) -> None:
     """Let gradients flow to a part's LoRA factors and new head (`lora`), to all of it but those
-    factors (`full`), or to nothing (`none`).
+    factors (`full`), to the soft prompt alone (`soft-prompt`), or to nothing (`none`).
     """
     for name, parameter in part.named_parameters():
         factor = ".lora_" in name
         head = ".modules_to_save." in name
         replaced = ".original_module." in name  # by a new head
-        chosen = {"none": False, "lora": factor or head, "full": not factor and not replaced}
+        chosen = {
+            "none": False,
+            "lora": factor or head,
+            "full": not factor and not replaced,
+            "soft-prompt": name.startswith("prompt_encoder."),
+        }
         parameter.requires_grad_(chosen[what])
 
 
@@ -139,7 +151,10 @@ def join(tensors: Mapping[str, Tensor], settings: PeftConfig, folder: Path) -> N
     folder.mkdir(parents=True, exist_ok=True)
     settings.save_pretrained(str(folder))
     sort_lists(folder / "adapter_config.json")
-    named = {_WRAPPER + name: tensors[name].contiguous() for name in sorted(tensors)}
+    named = {
+        _SAVED_PROMPT if name == _PROMPT else _WRAPPER + name: tensors[name].contiguous()
+        for name in sorted(tensors)
+    }
     save_file(named, folder / _WEIGHTS, {"format": "pt"})
 
 

@@ -29,6 +29,7 @@ from models.split.load import (
     read_record,
 )
 from models.split.parity import check_parity
+from models.split.prompt import prompted
 from models.split.site import SiteModel, SplitPayload
 
 
@@ -58,45 +59,58 @@ def load(
 ) -> SplitBase:
     """Read one side's parts of the base model, `load.SITE` or `load.SERVER`, onto the device.
 
-    A server that hands out head or tail in full reads both too. Raises ConfigError for a model that
-    cannot be cut, and for a folder without these parts.
+    A server reads head and tail too where it hands out what is taken from them. Raises ConfigError
+    for a model that cannot be cut, and for a folder without these parts.
     """
     site = "head" in wanted
     folder = find_folder(path or model.name, tokenizer=site)
     quiet()
     check_parity(folder, model.task)
-    if not site and "full" in (split.head, split.tail):
-        _check_whole(folder)
+    if not site and (why := _starts_from(split, payload)):
+        _check_whole(folder, why)
         wanted = (*SITE, *SERVER)
+    prompt = split.head == "soft-prompt"
+    reads = site or (prompt and payload.init == "text")
+    tokenizer: Any = _tokenizer(path or model.name) if reads else None
     cuts = Cuts(split.head_blocks, split.tail_blocks, model.task, num_labels)
     parts, settings = load_split(
         folder, wanted, cuts, dtype=getattr(torch, model.dtype), seed=seed,
-        payload=payload.model_copy(update={"kind": "lora"}),
+        payload=payload.model_copy(update={"kind": "soft-prompt" if prompt else "lora"}),
     )  # fmt: skip
     assert settings is not None
+    if prompt:
+        parts = parts._replace(head=prompted(parts.head, payload, tokenizer, seed))
     settings = train(parts, settings, (split.head, split.middle, split.tail))
     ends: Any = SiteModel(parts.head, parts.tail)
-    tokenizer: Any = None
-    if site:
-        ends.to(device())
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
-    else:
-        parts.middle.to(device())
+    (ends if site else parts.middle).to(device())
     fresh = ("classifier",) if model.task == "classification" else ()
     return SplitBase(ends, tokenizer, folder, False, fresh, parts.middle, settings, cuts)
 
 
-def _check_whole(folder: Path) -> None:
+def _tokenizer(name: str) -> Any:
+    found = AutoTokenizer.from_pretrained(find_folder(name))
+    if found.pad_token is None:
+        found.pad_token = found.eos_token
+    return found
+
+
+def _starts_from(split: SplitConfig, payload: PayloadConfig) -> str:
+    """The settings whose start values are taken from head or tail; empty where none are."""
+    if split.head == "soft-prompt" and payload.init != "random":
+        return f"payload.init={payload.init!r}"
+    ends = {"split.head": split.head, "split.tail": split.tail}
+    return " and ".join(f"{key}='full'" for key, what in ends.items() if what == "full")
+
+
+def _check_whole(folder: Path, why: str) -> None:
     """Refuse a server's own part, which lacks the weights that the sites are to start from."""
     if read_record(folder) is not None and not all(
         (folder / f"{name}.safetensors").is_file() for name in SITE
     ):
         raise ConfigError(
-            f"Expected the whole model in {str(folder)!r} at the server, which hands out what "
-            f"split.head='full' and split.tail='full' start from, got parts with {RECORD}; give "
-            "the server the whole folder, or set both to 'lora'."
+            f"Expected the whole model in {str(folder)!r} at the server with {why}, which it "
+            f"starts from, got parts with {RECORD}; give the server the whole folder, or set "
+            + ("payload.init='random'." if "payload.init" in why else "'lora' instead.")
         )
 
 

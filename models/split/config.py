@@ -18,10 +18,10 @@ class SplitConfig(Section):
     tail_blocks: int = Field(
         1, ge=1, description="Last blocks, which stay at the site with the output layer."
     )
-    head: Literal["lora", "full", "none"] = Field(
+    head: Literal["lora", "full", "soft-prompt", "none"] = Field(
         "lora",
-        description="What is trained of the first blocks, at the site: LoRA, "
-        "all weights, or nothing.",
+        description="What is trained of the first blocks, at the site: LoRA, all weights, a prompt "
+        "before every text (`payload.num-virtual-tokens`, with `none` in the others), or nothing.",
     )
     middle: Literal["lora", "full", "none"] = Field(
         "lora", description="What is trained of the blocks between, at the server."

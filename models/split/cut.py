@@ -22,23 +22,23 @@ class Part(nn.Module):
     def __init__(self, model: Any, place: str, blocks: str, first: int) -> None:
         super().__init__()
         self.model = model
-        self._place = place
-        self._blocks = blocks
-        self._first = first
+        self.place = place
+        self.blocks = blocks
+        self.first = first
 
     def name_in_whole(self, name: str) -> str:
         """What the whole model calls a tensor or module of this part."""
-        inside = self._place + name.removeprefix("model.")
-        before, blocks, after = inside.partition(f"{self._blocks}.")
+        inside = self.place + name.removeprefix("model.")
+        before, blocks, after = inside.partition(f"{self.blocks}.")
         if not blocks:
             return inside
         index, _, rest = after.partition(".")
-        return f"{before}{blocks}{int(index) + self._first}{'.' if rest else ''}{rest}"
+        return f"{before}{blocks}{int(index) + self.first}{'.' if rest else ''}{rest}"
 
     def owner_in_whole(self, name: str) -> str:
         """What the whole model calls the block that holds a tensor, or else its module."""
         known = self.name_in_whole(name)
-        before, blocks, after = known.partition(f"{self._blocks}.")
+        before, blocks, after = known.partition(f"{self.blocks}.")
         if not blocks:
             return known.rpartition(".")[0]
         return f"{before}{blocks}{after.partition('.')[0]}"
@@ -46,6 +46,11 @@ class Part(nn.Module):
 
 class Head(Part):
     """Embeddings and first blocks, at the site."""
+
+    @property
+    def virtual_tokens(self) -> int:
+        """Positions before every text that hidden states have too."""
+        return 0
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **rest: Any) -> Any:
         """Hidden states (batch, tokens, hidden) of token ids (batch, tokens)."""

@@ -16,7 +16,7 @@ from models.config import TrainConfig
 from models.payload import Payload
 from models.split.adapter import added, join
 from models.split.cut import Head, Tail
-from models.split.step import SiteStep, SplitError, Stream
+from models.split.step import SiteStep, SplitError, Stream, answered, in_front
 from models.train import Correction, Progress, Step, Trained, finite, optimise
 
 
@@ -58,9 +58,10 @@ class SiteModel(nn.Module):
     ) -> Any:
         """The library's output for token ids (batch, tokens), by the middle of `score`."""
         hidden = self.head(input_ids, attention_mask, **rest)
-        asked = self.middle().score(next(self._keys), hidden, attention_mask)
+        mask = in_front(attention_mask, hidden, 1)
+        asked = self.middle().score(next(self._keys), hidden, mask)
         behind = asked.result().to(hidden)
-        return self.tail.output(behind, attention_mask, labels=labels)
+        return answered(self.tail, behind, attention_mask, labels)
 
 
 class SplitPayload(Payload):
@@ -74,6 +75,11 @@ class SplitPayload(Payload):
         super().__init__("split", module, personal, fresh_modules)
         self.settings = settings
         self.middle: Callable[[], Mapping[str, Tensor]] = dict
+
+    @property
+    def virtual_tokens(self) -> int:
+        """Positions of the context that stand before every text."""
+        return self.module.head.virtual_tokens
 
     def save(self, folder: Path) -> None:
         """Write all three parts as one PEFT adapter for the whole model."""

@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.batches import Batch
 from models.split.cut import Head, Tail
+from models.text import IGNORED
 from models.train import Step, autocast, on
 
 
@@ -42,6 +43,18 @@ class Stream(Link, Protocol):
 
     def step(self, number: int) -> Future[Tensor]:
         """Done when the middle has taken its optimiser step."""
+
+
+def in_front(tensor: Tensor, hidden: Tensor, value: int) -> Tensor:
+    """A tensor (batch, tokens) as long as hidden states with virtual tokens before the text."""
+    return nn.functional.pad(tensor, (hidden.shape[1] - tensor.shape[1], 0), value=value)
+
+
+def answered(tail: Tail, behind: Tensor, mask: Tensor, labels: Tensor | None) -> Any:
+    """The library's output for hidden states behind the middle; nothing is asked of a prompt."""
+    if labels is not None and labels.dim() == 2:
+        labels = in_front(labels, behind, IGNORED)
+    return tail.output(behind, in_front(mask, behind, 1), labels=labels)
 
 
 class SiteStep:
@@ -124,7 +137,7 @@ class SiteStep:
         given.pop("labels")
         with autocast(self._precision, self._device):
             hidden = self._head(given.pop("input_ids"), mask, **given)
-        answer = self._link.forward(key, hidden.detach(), mask)
+        answer = self._link.forward(key, hidden.detach(), in_front(mask, hidden, 1))
         waiting.append((answer, lambda behind: returned(batch, key, hidden, behind)))
 
     def _tail_pass(self, batch: Batch, behind: Tensor, share: float) -> tuple[Tensor, Tensor]:
@@ -132,7 +145,7 @@ class SiteStep:
         given = on(batch.inputs, self._device)
         behind = behind.detach().to(self._device, self._dtype).requires_grad_()
         with autocast(self._precision, self._device):
-            output = self._tail.output(behind, given["attention_mask"], labels=given["labels"])
+            output = answered(self._tail, behind, given["attention_mask"], given["labels"])
         loss = output.loss * share
         loss.backward()
         assert behind.grad is not None

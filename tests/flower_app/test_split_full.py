@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
+from flower_app import generate
 from flower_app.splitserver import mean_of
 from models.section import ConfigError
 from models.split.load import Cuts, write_parts
@@ -50,7 +51,9 @@ def moved(nodes: Nodes, folder: Path) -> set[str]:
 @pytest.mark.parametrize(
     "parts", [("full", "lora", "lora"), ("none", "full", "full"), ("full", "full", "full")]
 )
-def test_parts_in_full_join_with_the_others(nodes: Nodes, parts: tuple[str, str, str]) -> None:
+def test_parts_in_full_join_with_the_others(
+    nodes: Nodes, parts: tuple[str, str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
     head, middle, tail = parts
     keys = SPLIT | {"split__head": head, "split__middle": middle, "split__tail": tail}
     folder, _ = simulate(nodes, "split", keys)
@@ -62,6 +65,10 @@ def test_parts_in_full_join_with_the_others(nodes: Nodes, parts: tuple[str, str,
     first, last = rows(folder, "evaluation")[0], rows(folder, "evaluation")[-1]
     assert last["loss"] < first["loss"]
     assert joined(nodes, folder, **keys) == pytest.approx(last["loss"], abs=1e-5)
+    capsys.readouterr()
+    asked = ["--run", str(folder), "--prompt", "the cat", "--max-new-tokens", "3"]
+    assert generate.main([*asked, "--temperature", "0"]) == 0
+    assert "the cat" in capsys.readouterr().out
 
 
 def test_the_middle_in_full_outlives_a_killed_server(
