@@ -221,7 +221,11 @@ class Streams(ABC):
             self._leave(site, why)
 
     def absent(self, site: str, why: str) -> None:
-        """Do not wait for a site that will not come."""
+        """Do not wait for a site that will not come, or go on; its stream is ended."""
+        with self._changed:
+            inbox = self._open.get(site)
+        if inbox is not None:
+            inbox.close(SplitError(why))
         self._leave(site, why)
 
     def finish(self) -> list[dict[str, Tensor]]:

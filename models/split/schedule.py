@@ -47,7 +47,7 @@ class Round(Protocol):
         """Answer a site's frames, in a thread of its own; raises SplitError, WireError."""
 
     def absent(self, site: str, why: str) -> None:
-        """Do not wait for a site that will not come."""
+        """Do not wait for a site that will not come, or go on; its stream is ended."""
 
     def finish(self) -> list[dict[str, Tensor]]:
         """End the round; what each replica trained, by the names of the whole model's adapter."""

@@ -176,6 +176,24 @@ def test_a_site_that_will_not_come_is_not_waited_for(schedule: Any) -> None:
         link.forward(1, *question()).result(timeout=20)
 
 
+@pytest.mark.parametrize("schedule", [sequential, client_batch, hierarchical])
+def test_a_site_that_failed_is_told_so_at_once(schedule: Any) -> None:
+    parts = model()
+    round_ = schedule(middles(parts, 1), ["ann", "bob"], settings(wait_s=600.0, stall_s=600.0))
+    with linked(round_, "ann") as ann:
+        ann.score(1, *question()).result(timeout=20)
+        (bob,) = in_threads([partial(honest, round_, "bob", parts)])
+        time.sleep(0.05)
+        assert not bob.done()
+        round_.absent("ann", "its reply was an error")
+        assert bob.result(timeout=20).steps == 3
+        with pytest.raises(SplitError, match="its reply was an error"):
+            ann.forward(2, *question()).result(timeout=20)
+        ann._reader.join(timeout=5)
+        assert not ann._reader.is_alive()
+    assert round_.dropped == {"ann": "its reply was an error"}
+
+
 @pytest.mark.parametrize("schedule", [sequential, client_batch])
 def test_turns_of_the_dead_are_passed_on(schedule: Any) -> None:
     parts = model()
