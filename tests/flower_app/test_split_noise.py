@@ -38,7 +38,7 @@ from privacy.policy import PolicyError
 from privacy.statement import state
 from privacy.tokens import epsilon_of_vectors
 from tests.flower_app.nodes import NAMES, Nodes
-from tests.flower_app.runs import bytes_below, rows, simulate
+from tests.flower_app.runs import bytes_below, deploy, rows, simulate
 from tests.models.split.families import tiny
 
 NOISY: dict[str, Any] = {
@@ -192,6 +192,19 @@ def _check_statement(folder: Path, ledgers: dict[str, list[Event]]) -> dict[str,
     assert "per position of the streams; none for records" in in_a_few_words(summary)
     assert all(row["batches"] > 0 for row in rows(folder, "site"))
     return told
+
+
+def test_deployed_sites_draw_noise_that_does_not_repeat(nodes: Nodes, sent: list[Message]) -> None:
+    first: list[Tensor] = []
+    for name in ("one", "other"):
+        sent.clear()
+        deploy(nodes, name, NOISY, run__rounds=1)
+        assert sent[0].values is not None
+        first.append(sent[0].values)
+        events = Ledger(nodes.folder / f"{name}-state" / "ledger.jsonl").events()
+        assert {event.site for event in of_unit(events, "position")} == set(NAMES)
+        assert len({event.run for event in events}) == 1 and events[0].run
+    assert not torch.equal(*first)  # of the same rows, by the same model
 
 
 @settings(max_examples=25, deadline=None)
