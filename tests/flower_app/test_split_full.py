@@ -17,7 +17,7 @@ from models.section import ConfigError
 from models.split.load import Cuts, write_parts
 from tests.flower_app.nodes import Nodes
 from tests.flower_app.runs import Killed, bytes_below, deploy, killed_in, rows, run, simulate
-from tests.flower_app.test_split_runs import SPLIT, joined
+from tests.flower_app.test_split_runs import SPLIT, joined, together
 from tests.models.split.families import tiny
 
 
@@ -93,6 +93,14 @@ def test_replicas_in_full_are_averaged() -> None:
     before = {"h.1.mlp.weight": torch.ones(2, 3)}
     learnt = [{"h.1.mlp.weight": torch.full((2, 3), value)} for value in (0.0, 3.0)]
     torch.testing.assert_close(mean_of(before, learnt), {"h.1.mlp.weight": torch.full((2, 3), 1.5)})
+
+
+def test_replicas_of_a_middle_in_full_serve_a_run(nodes: Nodes) -> None:
+    keys: dict[str, Any] = {"split__schedule": "hierarchical", "split__middle": "full"}
+    folder = together(nodes, "replicas", **keys)
+    assert {name.split(".")[2] for name in moved(nodes, folder)} == {"1", "2"}
+    last = rows(folder, "evaluation")[-1]
+    assert joined(nodes, folder, **SPLIT, **keys) == pytest.approx(last["loss"], abs=1e-5)
 
 
 def test_a_server_without_head_and_tail_is_refused(nodes: Nodes) -> None:
