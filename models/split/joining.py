@@ -101,19 +101,29 @@ class Joined(Streams):
             return None
 
     def _computed(self, wave: _Wave) -> dict[str, Tensor | Exception | None]:
-        """What came of it for every site."""
+        """What came of it for every site; where it fails, all who are in it get the reason."""
         found: dict[str, Tensor | Exception | None] = {}
-        with self._trainer.alone() as worker:
-            for group in self._groups(wave.forwards):
-                found |= _tried(partial(worker.forward_all, group), group)
-            if wave.backwards:
-                found |= _tried(partial(worker.backward_all, wave.backwards), wave.backwards)
-        self._taught.update(one.site for one in wave.backwards)
+        for group in self._groups(wave.forwards):
+            found |= _tried(partial(self._passed, group), group)
+        if wave.backwards:
+            self._taught.update(one.site for one in wave.backwards)
+            found |= _tried(partial(self._passed_back, wave.backwards), wave.backwards)
         if wave.stepping:
-            self._trainer.step(len(self._taught))
+            try:
+                self._trainer.step(len(self._taught))
+                found |= dict.fromkeys(wave.stepping)
+            except Exception as error:  # raised again in the thread of each of them
+                found |= dict.fromkeys(wave.stepping, error)
             self._taught.clear()
-            found |= dict.fromkeys(wave.stepping)
         return found
+
+    def _passed(self, asked: Sequence[Forward]) -> list[Tensor]:
+        with self._trainer.alone() as worker:
+            return worker.forward_all(asked)
+
+    def _passed_back(self, asked: Sequence[Backward]) -> list[Tensor]:
+        with self._trainer.alone() as worker:
+            return worker.backward_all(asked)
 
     def _groups(self, asked: Sequence[Forward]) -> Iterator[list[Forward]]:
         """In their order, as many at a time as fit into `join_tokens` when padded."""
@@ -185,7 +195,7 @@ class Joined(Streams):
 def _tried(
     work: Callable[[], Sequence[Tensor]], asked: Sequence[Forward | Backward]
 ) -> dict[str, Tensor | Exception | None]:
-    """Answers by site; where the middle fails, all who are in it get the reason."""
+    """Answers by site, or the reason why there are none."""
     sites = [one.site for one in asked]
     try:
         return dict(zip(sites, work(), strict=True))

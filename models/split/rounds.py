@@ -26,7 +26,8 @@ from models.split.messages import Kind, Message
 from models.split.middle import Backward, Forward, MiddleWorker
 from models.split.step import SplitError
 from models.train import optimizer_of
-from models.wire import WireError
+
+OVER = "Expected questions before the end of the round; it is over."
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ class Trainer:
         self._trained = [p for p in middle.parameters() if p.requires_grad]
         self._lock = Lock()
         self._optimizer: torch.optim.Optimizer | None = None
+        self._over = False
         self.steps = 0
         self.fresh()
 
@@ -72,6 +74,7 @@ class Trainer:
     def alone(self) -> Iterator[MiddleWorker]:
         """Hold the middle while it computes."""
         with self._lock:
+            self._check()
             yield self.worker
 
     def fresh(self) -> None:
@@ -87,6 +90,7 @@ class Trainer:
     def step(self, count: int) -> None:
         """An optimiser step on the mean of the gradients of `count` sites."""
         with self._lock:
+            self._check()
             self.steps += 1
             gradients = [p.grad for p in self._trained if p.grad is not None]
             if self._optimizer is None or not gradients:
@@ -106,8 +110,13 @@ class Trainer:
     def trained(self) -> dict[str, Tensor]:
         """Copies of what was trained, by the names of the whole model's adapter."""
         with self._lock:
+            self._over = True  # what is still to be computed must not change the weights any more
             self._drop_gradients()
             return factors(self._middle)
+
+    def _check(self) -> None:
+        if self._over:
+            raise SplitError(OVER)
 
     def _drop_gradients(self) -> None:
         for parameter in self._trained:
@@ -213,8 +222,8 @@ class Streams(ABC):
                 self._expects(site)
                 yield data
             why = "it ended its stream in mid-step" if site in self._stepping else ""
-        except (SplitError, WireError, OSError) as error:
-            why = str(error)
+        except Exception as error:
+            why = str(error) or why
             raise
         finally:
             inbox.close()
@@ -231,7 +240,7 @@ class Streams(ABC):
     def finish(self) -> list[dict[str, Tensor]]:
         """End the round for all; what was trained, by the names of the whole model's adapter."""
         with self._changed:
-            self._over = SplitError("Expected questions before the end of the round; it is over.")
+            self._over = SplitError(OVER)
             for site, inbox in self._open.items():  # those at rest have nothing to be told
                 inbox.close(self._over if site in self._stepping else None)
             self._changed.notify_all()

@@ -6,7 +6,7 @@ import copy
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from threading import Thread
@@ -14,6 +14,7 @@ from threading import Thread
 import pytest
 import torch
 
+from flower_app.bench.proxy import DelayingProxy
 from flower_app.stream import StreamError, StreamServer, exchange
 from models.payload import Payload
 from models.split import cut
@@ -141,6 +142,35 @@ def test_a_question_that_lies_ends_its_own_stream() -> None:
             next(answers)
         south.backward(1, hidden).result(timeout=20)
     assert "Expected 384 bytes of fp32" in round_.dropped["north"]
+
+
+def test_a_listener_sees_nothing_of_what_crosses_the_cut() -> None:
+    parts = cut(tiny("llama", tie_word_embeddings=False))
+    round_ = sequential([parts.middle], ["north"], settings())
+    own, keys = identities("north")
+    seen: list[bytes] = []
+    frames: list[bytes] = []
+
+    def kept(passing: Iterator[bytes]) -> Iterator[bytes]:
+        for frame in passing:
+            frames.append(frame)
+            yield frame
+
+    def ask(sent: Iterator[bytes]) -> Iterator[bytes]:
+        address = f"127.0.0.1:{proxy.port}"
+        return kept(exchange(address, keys["north"], own.certificate, kept(sent), max_bytes=MOST))
+
+    with (
+        served(round_, keys, own) as server,
+        DelayingProxy(server.port, seen=seen.append) as proxy,
+        FrameLink(ask, LIMITS) as link,
+    ):
+        train_over(link, parts, batches("llama"), steps=1)
+    passed = b"".join(seen)
+    assert len(frames) == 2 * (2 * 2 + 1) and len(passed) > sum(map(len, frames))
+    windows = {frame[at : at + 12] for frame in frames for at in range(0, len(frame) - 12, 40)}
+    windows.discard(bytes(12))
+    assert len(windows) > 100 and not any(window in passed for window in windows)
 
 
 def test_a_site_that_stalls_is_told_at_once() -> None:

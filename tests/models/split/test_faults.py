@@ -233,19 +233,37 @@ def test_the_end_of_the_round_is_told_to_all(schedule: Any) -> None:
         again.forward(1, *question()).result(timeout=20)
 
 
-def test_a_middle_that_fails_tells_those_who_are_in_it() -> None:
+@pytest.mark.parametrize("what", ["forward_all", "backward_all", "step"])
+def test_a_middle_that_fails_tells_those_who_are_in_it(
+    what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     parts = model()
-    round_ = client_batch([parts.middle], ["ann", "bob"], settings(wait_s=0.05))
-    worker = round_._trainer.worker  # type: ignore[attr-defined]
+    round_ = client_batch([parts.middle], ["ann", "bob", "cid"], settings(wait_s=0.1))
+    trainer = round_._trainer  # type: ignore[attr-defined]
 
-    def fails(asked: Any) -> Any:
+    def fails(*_: Any) -> Any:
         raise MemoryError("no memory left")
 
-    forward_all, worker.forward_all = worker.forward_all, fails
-    with linked(round_, "ann") as ann, pytest.raises(MemoryError, match="no memory left"):
-        ann.forward(1, *question()).result(timeout=20)
-    worker.forward_all = forward_all
-    assert honest(round_, "bob", parts).steps == 3
+    with linked(round_, "ann") as ann, linked(round_, "bob") as bob:
+        with monkeypatch.context() as patch:
+            patch.setattr(trainer if what == "step" else trainer.worker, what, fails)
+            for failed in in_threads([partial(one_step, link) for link in (ann, bob)]):
+                with pytest.raises(MemoryError, match="no memory left"):
+                    failed.result(timeout=20)
+        assert honest(round_, "cid", parts).steps == 3
+    assert round_.dropped == dict.fromkeys(("ann", "bob"), "no memory left")
+
+
+def test_nothing_is_trained_after_the_end() -> None:
+    parts = model()
+    for schedule in (sequential, client_batch):
+        round_ = schedule([parts.middle], ["ann"], settings())
+        (learnt,) = round_.finish()
+        trainer = round_._trainer  # type: ignore[attr-defined]
+        for late in (lambda trainer=trainer: trainer.step(1), trainer.alone().__enter__):
+            with pytest.raises(SplitError, match="before the end of the round"):
+                late()
+        assert round_.steps == 0 and learnt
 
 
 def test_who_may_open_a_stream() -> None:
