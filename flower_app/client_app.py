@@ -16,7 +16,7 @@ from flwr.clientapp import ClientApp
 from flwr.common.logger import log
 from torch import Tensor
 
-from flower_app import baselines, compose, secure, splitsite
+from flower_app import baselines, compose, secure
 from flower_app.account import SiteAccount
 from flower_app.conditions import check_node
 from flower_app.config import Config, parse
@@ -26,6 +26,7 @@ from flower_app.recorder import score_fields
 from flower_app.releases import evaluations, planned, releases
 from flower_app.siteround import SiteRound
 from flower_app.sitestate import require_state_path
+from flower_app.split import site as across
 from flower_app.worker import Worker, pad_token, steps_per_round, worker_name
 from models import fold
 from models.batches import BatchError
@@ -176,13 +177,13 @@ def on_train(message: Message, config: Config, node: NodeConfig, state: RecordDi
     account.charge(releases(config, site.rows, [round_], len(site.batches)))
     loaded = time.perf_counter()
     source = compose.noise_source(config, "split", site.name, round_, "training")
-    with splitsite.connected(config, payload, plan, state, source) as stream:
+    with across.connected(config, payload, plan, state, source) as stream:
         before = _WORKER.released(config, site, payload, pad_token(base), round_, "before")
         backdoor = _WORKER.backdoor(config, site, payload)
         personal = work.personal_score(
             before, lambda: _WORKER.score(config, site, payload, pad_token(base))
         )
-        scored, sent = time.perf_counter(), splitsite.carried(stream)
+        scored, sent = time.perf_counter(), across.carried(stream)
         private = config.privacy.unit == "record"
         outcome = work.train(_WORKER.per_sample(config, node, round_) if private else "")
     trained = time.perf_counter()
@@ -208,8 +209,8 @@ def on_train(message: Message, config: Config, node: NodeConfig, state: RecordDi
             "tokens": outcome.tokens,
             "useful_tokens": outcome.useful_tokens,
         }
-    streamed = splitsite.carried(stream) - sent
-    report |= splitsite.traffic(stream, streamed, outcome.tokens, len(site.batches))
+    streamed = across.carried(stream) - sent
+    report |= across.traffic(stream, streamed, outcome.tokens, len(site.batches))
     report |= {"rank": work.rank} if work.rank < config.payload.rank else {}
     report |= score_fields("before", before) | score_fields("after", after)
     report |= score_fields("backdoor", backdoor) if backdoor.rows else {}
@@ -235,7 +236,7 @@ def on_evaluate(
     if releasing := evaluations(config, done):
         account.charge(releasing)
     source = compose.noise_source(config, "split", site.name, done, "evaluation")
-    with splitsite.connected(config, payload, plan, state, source):
+    with across.connected(config, payload, plan, state, source):
         score = _WORKER.released(config, site, payload, pad_token(base), done, "evaluation")
         backdoor = _WORKER.backdoor(config, site, payload)
         personal = work.personal_score(
@@ -265,13 +266,13 @@ for _step in secure.STEPS:
     app.query(_step)(_on_secure(_step))
 
 
-@app.query(splitsite.KEY_QUERY)
+@app.query(across.KEY_QUERY)
 @answering("answer")
 def on_split_key(
     message: Message, config: Config, node: NodeConfig, state: RecordDict
 ) -> RecordDict:
     """Hand out the certificate by which the server knows this site's stream."""
-    return RecordDict({"answer": splitsite.certificate(config, state)})
+    return RecordDict({"answer": across.certificate(config, state)})
 
 
 @app.train("baseline")

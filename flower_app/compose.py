@@ -17,8 +17,8 @@ from flower_app.data import poison
 from flower_app.data.format import prompt_maker
 from flower_app.data.site import label_names
 from flower_app.node import NodeConfig
-from flower_app.sharing import Sharing
-from flower_app.splitserver import SplitExchange, SplitServer
+from flower_app.split.server import SplitExchange, SplitServer
+from flower_app.split.sharing import Sharing
 from models import attention, base, payload
 from models.base import Base
 from models.layout import Layout

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
 from flower_app.config import Config, defaults, parse
 from flower_app.data.format import prompt_maker
-from flower_app.generate_split import Site, add_options
-from flower_app.stream import StreamError
+from flower_app.split.generate import Site, add_options
+from flower_app.split.stream import StreamError
 from models import base
 from models.payload import virtual_tokens
 from models.section import ConfigError

@@ -27,7 +27,7 @@ from flower_app.releases import unit_of
 from flower_app.report import results_table, write_report
 from flower_app.roster import Member, Roster
 from flower_app.runfolder import Checkpoint, CheckpointError, RunFolder, replacing
-from flower_app.splitserver import SplitServer
+from flower_app.split.server import SplitServer
 from flower_app.trusted import RootTrainer
 from models import fold
 from models.base import Base

@@ -30,7 +30,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "dp_accounting": ("privacy/",),
     "cryptography": ("privacy/",),
     "tenseal": ("privacy/",),
-    "grpc": ("flower_app/stream.py",),
+    "grpc": ("flower_app/split/stream.py",),
 }
 PICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 MODULES = sorted(

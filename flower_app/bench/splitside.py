@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from flower_app.stream import StreamServer, exchange
+from flower_app.split.stream import StreamServer, exchange
 from models import base, payload
 from models.batches import Batch
 from models.config import ModelConfig, PayloadConfig, TrainConfig

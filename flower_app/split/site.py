@@ -11,7 +11,7 @@ from flwr.app import ConfigRecord, RecordDict
 from flwr.common.logger import log
 
 from flower_app.config import Config
-from flower_app.stream import exchange
+from flower_app.split.stream import exchange
 from models.payload import Payload
 from models.section import ConfigError
 from models.split.link import FrameLink, Limits

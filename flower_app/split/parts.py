@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from flower_app.stream import StreamServer
+from flower_app.split.stream import StreamServer
 from models.base import context, device, find_folder, quiet
 from models.section import ConfigError
 from models.split.cut import Middle

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flower_app.parts import WIRE, add_cut, cuts_of, max_bytes
-from flower_app.stream import exchange
+from flower_app.split.parts import WIRE, add_cut, cuts_of, max_bytes
+from flower_app.split.stream import exchange
 from models.base import device, find_folder, quiet
 from models.section import ConfigError
 from models.split.cut import Head, Tail

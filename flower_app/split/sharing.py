@@ -11,7 +11,7 @@ import torch
 from flwr.common.logger import log
 
 from flower_app.config import Config
-from flower_app.splitsite import limits
+from flower_app.split.site import limits
 from models.seeds import derive
 from models.split import schedule
 from models.split.adapter import factors, load_factors

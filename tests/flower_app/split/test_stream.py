@@ -13,7 +13,7 @@ import grpc
 import pytest
 
 from flower_app.bench.proxy import DelayingProxy
-from flower_app.stream import Frames, StreamError, StreamServer, exchange
+from flower_app.split.stream import Frames, StreamError, StreamServer, exchange
 from models.section import ConfigError
 from privacy.tls import HOST, Identity, fingerprint
 

@@ -25,7 +25,7 @@ from flower_app import client_app
 from flower_app import run as server
 from flower_app.config import parse
 from flower_app.node import parse_node
-from flower_app.splitserver import SplitIntake
+from flower_app.split.server import SplitIntake
 from flower_app.worker import Worker
 from models.evaluate import Score, evaluate
 from models.payload import Payload

@@ -12,12 +12,12 @@ from transformers import PreTrainedTokenizerFast
 
 from flower_app import generate
 from flower_app.config import parse
-from flower_app.splitsite import limits
+from flower_app.split.site import limits
 from models.section import ConfigError
 from models.split.load import Cuts, write_parts
 from tests.flower_app.nodes import Nodes
 from tests.flower_app.runs import bytes_below, deploy, rows, simulate
-from tests.flower_app.test_split_runs import SPLIT, joined
+from tests.flower_app.split.test_runs import SPLIT, joined
 from tests.models.split.families import tiny
 
 PROMPT = SPLIT | {"split__head": "soft-prompt", "split__middle": "none", "split__tail": "none"}

@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flower_app import generate
-from flower_app.parts import main
+from flower_app.split.parts import main
 from models.split.load import SERVER, SITE, Cuts, digest_of_parts, load_parts
 from tests.models.split.families import tiny
 
@@ -70,7 +70,7 @@ def sides(whole: Path, tmp_path: Path) -> Path:
 def address(sides: Path) -> Iterator[str]:
     """A server of the middle, as a process of its own."""
     command = [
-        sys.executable, "-m", "flower_app.parts", "serve", "--model", str(sides / "server"),
+        sys.executable, "-m", "flower_app.split.parts", "serve", "--model", str(sides / "server"),
         "--adapter", str(sides / "adapter"), "--keys", str(sides / "keys" / "server"),
         "--address", "127.0.0.1:0", "--certificate-of",
         f"north={sides / 'keys' / 'site' / 'certificate.pem'}",

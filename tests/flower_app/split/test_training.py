@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from flower_app.bench.proxy import DelayingProxy
-from flower_app.stream import StreamError, StreamServer, exchange
+from flower_app.split.stream import StreamError, StreamServer, exchange
 from models.payload import Payload
 from models.split import cut
 from models.split.link import FrameLink

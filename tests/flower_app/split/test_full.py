@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
 from flower_app import generate
-from flower_app.splitserver import mean_of
+from flower_app.split.server import mean_of
 from models.section import ConfigError
 from models.split.load import Cuts, write_parts
 from tests.flower_app.nodes import Nodes
 from tests.flower_app.runs import Killed, bytes_below, deploy, killed_in, rows, run, simulate
-from tests.flower_app.test_split_runs import SPLIT, joined, together
+from tests.flower_app.split.test_runs import SPLIT, joined, together
 from tests.models.split.families import tiny
 
 

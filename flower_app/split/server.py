@@ -9,9 +9,9 @@ from flwr.common.logger import log
 from torch import Tensor
 
 from flower_app.config import Config
-from flower_app.sharing import Sharing
-from flower_app.splitsite import ADDRESS, CERTIFICATE, KEY_QUERY, frame_bytes, limits
-from flower_app.stream import StreamServer
+from flower_app.split.sharing import Sharing
+from flower_app.split.site import ADDRESS, CERTIFICATE, KEY_QUERY, frame_bytes, limits
+from flower_app.split.stream import StreamServer
 from models.section import ConfigError
 from models.split.adapter import added, factors, load_factors
 from models.split.base import SplitBase

@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from flower_app import splitsite
 from flower_app.account import SiteAccount
 from flower_app.config import defaults, parse
 from flower_app.ledger import main
@@ -26,6 +25,7 @@ from flower_app.releases import passes, releases
 from flower_app.report import words
 from flower_app.report.records import read_run
 from flower_app.report.table import privacy as in_a_few_words
+from flower_app.split import site as across
 from flower_app.worker import Worker
 from models.batches import Batches
 from models.section import ConfigError
@@ -80,7 +80,7 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[Message]:
 def clipped(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, float]]:
     """The vectors that noise was added to, and the norm that none of them may exceed."""
     found: list[tuple[Tensor, float]] = []
-    adding = splitsite.adding
+    adding = across.adding
 
     def watched(*given: Any) -> Any:
         add = adding(*given)
@@ -91,7 +91,7 @@ def clipped(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, float]]:
 
         return added
 
-    monkeypatch.setattr(splitsite, "adding", watched)
+    monkeypatch.setattr(across, "adding", watched)
     return found
 
 
