@@ -165,7 +165,9 @@ def test_a_killed_server_goes_on_as_if_nothing_had_been(
 
 
 def test_a_site_that_lost_its_key_fails_one_round(nodes: Nodes) -> None:
+    # These sites answer one after another, so that no word of the one that fails comes in time.
     keys = SPLIT | {"run__rounds": 3, "run__output_dir": str(nodes.folder / "lost")}
+    keys |= {"split__wait_s": 1.0}
     grid = nodes.grid(*map(nodes.simulated, range(3)), **keys)
     north = grid.sites[2]
 
