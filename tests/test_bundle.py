@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import os
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 from flwr.cli.build import build_fab_from_disk
 
 from flower_app.config import sections
+from tests.test_architecture import imports
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("flower_app", "models", "privacy", "strategies")
@@ -34,9 +36,9 @@ def names(bundle: bytes) -> list[str]:
 
 def test_bundle_is_small(bundle: bytes) -> None:
     """Flower takes 10 MB; ours is code alone."""
-    assert len(bundle) < 2_000_000
+    assert len(bundle) < 2**20
     with zipfile.ZipFile(io.BytesIO(bundle)) as archive:
-        assert sum(info.file_size for info in archive.infolist()) < 2_000_000
+        assert sum(info.file_size for info in archive.infolist()) < 2**20
 
 
 def test_bundle_holds_the_app_and_nothing_else(names: list[str]) -> None:
@@ -48,14 +50,25 @@ def test_bundle_holds_the_app_and_nothing_else(names: list[str]) -> None:
         assert not parts & {"tests", "scripts", "bench", "conftest", "docs", "runs", ".venv"}, name
 
 
-def test_bundle_holds_every_module_that_the_app_needs(names: list[str]) -> None:
-    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    left_out = set(settings["tool"]["flwr"]["app"]["fab-exclude"])
-    for room in ROOMS:
-        for path in (ROOT / room).rglob("*.py"):
-            name = path.relative_to(ROOT).as_posix()
-            excluded = name in left_out or name.startswith("flower_app/bench/")
-            assert (name in names) != excluded, name
+def test_bundle_holds_the_modules_that_the_app_needs_and_no_others(names: list[str]) -> None:
+    """Commands that people type stay out: partners receive what runs."""
+    needed: set[str] = set()
+    to_do = ["flower_app/server_app.py", "flower_app/client_app.py"]
+    while to_do:
+        name = to_do.pop()
+        if name not in needed:
+            needed.add(name)
+            found = imports(ast.parse((ROOT / name).read_text(encoding="utf-8")))
+            to_do += [file for module in found for file in files_of(module)]
+    assert {name for name in names if name.endswith(".py")} == needed
+
+
+def files_of(module: str) -> set[str]:
+    """The files that an import of a dotted name, of a module or something in it, reads."""
+    parts = module.split(".")
+    stems = ["/".join(parts[: count + 1]) for count in range(len(parts))]
+    files = {f"{stem}{end}" for stem in stems for end in (".py", "/__init__.py")}
+    return {file for file in files if file.split("/")[0] in ROOMS and (ROOT / file).is_file()}
 
 
 def test_same_files_make_the_same_bundle(bundle: bytes) -> None:
