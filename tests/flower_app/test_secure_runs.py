@@ -186,7 +186,7 @@ def test_deployed_sites_with_keys_of_their_own(nodes: Nodes) -> None:
 
 
 def test_deployed_sites_add_noise_in_shares_from_their_own_generators(nodes: Nodes) -> None:
-    write_keys(nodes.folder / "keys")
+    write_keys(nodes.folder / "keys", NAMES)
     shared = {"privacy__unit": "client", "privacy__place": "distributed"}
     shared |= {"privacy__epsilon": 5.0, "privacy__clip_norm": 0.1, "run__rounds": 1}
     folder, _ = deployed(nodes, **shared, strategy__weighting="uniform")

@@ -81,10 +81,10 @@ def test_another_base_model_takes_the_place_of_the_old_one(
     del base, payload
     load, alive = compose.load_base, []
 
-    def watched(*arguments: Any) -> Any:
+    def watched(*arguments: Any, **keys: Any) -> Any:
         gc.collect()
         alive.append(old() is not None)
-        return load(*arguments)
+        return load(*arguments, **keys)
 
     monkeypatch.setattr(compose, "load_base", watched)
     other, _ = worker.model(configured(nodes, model__name=str(tiny_models["gpt2"])), node)
