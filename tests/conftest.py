@@ -24,6 +24,11 @@ from transformers import (
 TEXT = ["the cat sat on the mat, the dog ran after the cat", "a bird sang; nobody heard it sing"]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of real processes first: they take longest, and nobody is to wait for them alone."""
+    items.sort(key=lambda item: "system" not in item.path.parts)
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """Compute on one thread, which is fastest and the same everywhere for models this small."""
