@@ -231,6 +231,22 @@ def test_a_table_is_the_mean_over_seeds_and_survives_its_file() -> None:
     assert Table.of(LINES).worst_case("iid", 0.3) == []
 
 
+def test_figures_of_cells_that_were_not_run_again_stay() -> None:
+    old = Table.of(
+        [line("none", "mean", 0.7), line("none", "mean", 0.8, 1), line("ipm", "mean", 0.1)]
+    )
+    new = Table.of([line("none", "mean", 0.9), line("ipm", "mean", 0.2), line("nan", "krum", 0.3)])
+    order = [("iid", 0.2, attack, rule, "") for attack in ("nan", "ipm", "none")
+             for rule in ("mean", "krum")]  # fmt: skip
+    found = new.over(old, order)
+    assert [(e.attack, e.rule, e.seeds) for e in found.entries] == [
+        ("nan", "krum", 1), ("ipm", "mean", 1), ("none", "mean", 2),
+    ]  # fmt: skip
+    # Fewer seeds do not take the place of more, as many do.
+    assert found.accuracy(attack="none", rule="mean") == pytest.approx(0.75)
+    assert found.accuracy(attack="ipm", rule="mean") == pytest.approx(0.2)
+
+
 def test_targets_are_judged_by_the_figures() -> None:
     found = {verdict.target.split(",")[0]: verdict for verdict in verdicts(Table.of(LINES), 0.2)}
     each = found["the best defence for each attack"]

@@ -21,6 +21,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--whole", action="store_true", help="the decisive cells on the whole model"
     )
+    parser.add_argument(
+        "--fractions", type=float, nargs="+", choices=grid.FRACTIONS, default=grid.FRACTIONS,
+        help="shares of attackers to run; figures of the others stay as they are",
+    )  # fmt: skip
     parser.add_argument("--page", action="store_true", help="write the page from what is there")
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     parser.add_argument("--cache", type=Path, default=Path("~/.florilegium/robustness"))
@@ -34,7 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     schedule = Schedule()
     if options.whole:
         return 0 if whole.run(data, page.WHOLE, options.processes) else 1
-    wanted, file = grid.cells(options.quick), cache / "cells.jsonl"
+    wanted = [cell for cell in grid.cells(options.quick) if cell.fraction in options.fractions]
+    file = cache / "cells.jsonl"
     if not options.page and not grid.run(
         wanted, schedule, data=data, cache=cache, file=file, processes=options.processes
     ):

@@ -24,8 +24,10 @@ NAMES = {"iid": "IID", "dirichlet-0.1": "Dirichlet 0.1"}
 
 
 def write(table: Table) -> None:
-    """Write figures, heat maps and the page."""
-    FIGURES.write_text(table.csv())
+    """Write figures, heat maps and the page; figures of cells that `table` lacks stay."""
+    order = [(c.partition, c.fraction, c.attack, c.rule, c.pre) for c in cells_of(quick=False)]
+    older = Table.read(FIGURES.read_text()) if FIGURES.is_file() else Table(())
+    FIGURES.write_text(table.over(older, order).csv())
     stored = Table.read(FIGURES.read_text())
     for partition in stored.values("partition"):
         (DOCS / f"robustness-{partition}.svg").write_text(drawn(stored, partition))

@@ -34,6 +34,11 @@ class Entry:
     refused: str
 
     @property
+    def axes(self) -> tuple[str, float, str, str, str]:
+        """Which cell it is."""
+        return self.partition, self.fraction, self.attack, self.rule, self.pre
+
+    @property
     def defence(self) -> str:
         """Rule and stage before it, as a person writes it."""
         return f"{self.pre} + {self.rule}" if self.pre else self.rule
@@ -57,6 +62,17 @@ class Table:
     def read(cls, text: str) -> Table:
         """The table in a CSV text, as `csv` writes it."""
         return cls(tuple(_parsed(row) for row in csv.DictReader(io.StringIO(text))))
+
+    def over(self, older: Table, order: Iterable[tuple[Any, ...]]) -> Table:
+        """These entries, and `older` ones of cells that are not here or have fewer seeds here.
+
+        `order` gives the first five fields of every cell, in the grid's order.
+        """
+        found = {entry.axes: entry for entry in older.entries}
+        for entry in self.entries:
+            if entry.axes not in found or found[entry.axes].seeds <= entry.seeds:
+                found[entry.axes] = entry
+        return Table(tuple(found[axes] for axes in dict.fromkeys(order) if axes in found))
 
     def csv(self) -> str:
         """Every entry as a line of CSV, under a line of names."""

@@ -34,4 +34,5 @@ defence" is chosen after the fact, from the same figures. Who runs a federation 
 attack: the line "one defence for all attacks" is the one to go by.
 
 **Doing it again.** `./scripts/robustness` runs what is left of the grid (Ctrl-C stops it, the same
-command goes on), `--quick` a small grid in a few minutes, `--whole` the runs on the whole model."""
+command goes on), `--fractions 0.1` one share of attackers, `--quick` a small grid in a few minutes,
+`--whole` the runs on the whole model. Figures of cells that are not run again stay as they are."""
