@@ -75,7 +75,10 @@ def address(sides: Path) -> Iterator[str]:
         "--address", "127.0.0.1:0", "--certificate-of",
         f"north={sides / 'keys' / 'site' / 'certificate.pem'}",
     ]  # fmt: skip
+    # What a shell starts in its background ignores Ctrl-C, and so would the server.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        signal.signal(signal.SIGINT, before)
         try:
             assert server.stdout is not None
             said = server.stdout.readline()
@@ -86,7 +89,7 @@ def address(sides: Path) -> Iterator[str]:
             server.send_signal(signal.SIGINT)
             try:
                 assert server.wait(timeout=30) == 0
-            finally:  # where Ctrl-C is ignored, as in a shell's background, nothing would end it
+            finally:
                 server.kill()
 
 
