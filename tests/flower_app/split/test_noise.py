@@ -15,7 +15,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
 from flower_app.account import SiteAccount
 from flower_app.config import defaults, parse
@@ -39,27 +38,12 @@ from privacy.statement import state
 from privacy.tokens import epsilon_of_vectors
 from tests.flower_app.nodes import NAMES, Nodes
 from tests.flower_app.runs import bytes_below, deploy, rows, simulate
-from tests.models.split.families import tiny
 
 NOISY: dict[str, Any] = {
     "payload__kind": "split", "split__wire": "fp32", "split__noise": 5.0,
     "split__clip_norm": 0.5, "split__clip_gradient": 0.01,
 }  # fmt: skip
 SEEDED: dict[str, Any] = NOISY | {"privacy__noise_source": "seeded"}
-
-
-@pytest.fixture
-def nodes(
-    tiny_tokenizer: PreTrainedTokenizerFast,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    one_thread: None,
-) -> Nodes:
-    """Three sites on a tiny Llama of four blocks."""
-    folder = tmp_path / "model"
-    tiny("llama", vocab_size=len(tiny_tokenizer)).save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
-    return Nodes(tmp_path, folder, monkeypatch)
 
 
 @pytest.fixture

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file
-from transformers import PreTrainedTokenizerFast
 
 from flower_app import generate
 from flower_app.config import parse
@@ -18,23 +16,8 @@ from models.split.load import Cuts, write_parts
 from tests.flower_app.nodes import Nodes
 from tests.flower_app.runs import bytes_below, deploy, rows, simulate
 from tests.flower_app.split.test_runs import SPLIT, joined
-from tests.models.split.families import tiny
 
 PROMPT = SPLIT | {"split__head": "soft-prompt", "split__middle": "none", "split__tail": "none"}
-
-
-@pytest.fixture
-def nodes(
-    tiny_tokenizer: PreTrainedTokenizerFast,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    one_thread: None,
-) -> Nodes:
-    """Three sites on a tiny Llama of four blocks."""
-    folder = tmp_path / "model"
-    tiny("llama", vocab_size=len(tiny_tokenizer)).save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
-    return Nodes(tmp_path, folder, monkeypatch)
 
 
 def test_a_soft_prompt_is_one_adapter_for_the_whole_model(

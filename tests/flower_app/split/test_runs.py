@@ -22,7 +22,6 @@ from transformers import (
 )
 
 from flower_app import client_app
-from flower_app import run as server
 from flower_app.config import parse
 from flower_app.node import parse_node
 from flower_app.split.server import SplitIntake
@@ -37,26 +36,6 @@ from tests.flower_app.runs import Killed, bytes_below, deploy, killed_in, rows, 
 from tests.models.split.families import tiny
 
 SPLIT: dict[str, Any] = {"payload__kind": "split", "split__wire": "fp32"}
-
-
-@pytest.fixture(autouse=True)
-def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plots take longer than these runs."""
-    monkeypatch.setattr(server, "write_report", lambda folder: folder)
-
-
-@pytest.fixture
-def nodes(
-    tiny_tokenizer: PreTrainedTokenizerFast,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    one_thread: None,
-) -> Nodes:
-    """Three sites on a tiny Llama of four blocks."""
-    folder = tmp_path / "model"
-    tiny("llama", vocab_size=len(tiny_tokenizer)).save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
-    return Nodes(tmp_path, folder, monkeypatch)
 
 
 def test_three_sites_train_one_model_across_the_cut(nodes: Nodes) -> None:
