@@ -6,6 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -31,6 +32,10 @@ from models.split.load import (
 from models.split.parity import check_parity
 from models.split.prompt import prompted
 from models.split.site import SiteModel, SplitPayload
+
+# Models without weights are made by a patch of torch.nn, and what is drawn comes from torch's own
+# generator: both are the process's, so that its threads must load one after another.
+_LOADING = Lock()
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,19 @@ def load(
     A server reads head and tail too where it hands out what is taken from them. Raises ConfigError
     for a model that cannot be cut, and for a folder without these parts.
     """
+    with _LOADING:
+        return _load(model, payload, split, wanted, path, num_labels, seed)
+
+
+def _load(
+    model: ModelConfig,
+    payload: PayloadConfig,
+    split: SplitConfig,
+    wanted: Collection[PartName],
+    path: str,
+    num_labels: int,
+    seed: int,
+) -> SplitBase:
     site = "head" in wanted
     folder = find_folder(path or model.name, tokenizer=site)
     quiet()
