@@ -106,20 +106,20 @@ def _selected(cohort: Cohort, indices: list[int]) -> Cohort:
 def geometric_median(*, iterations: Count = 100, smoothing: Positive = 1e-6) -> Pre:
     """Geometric median of the updates, RFA (Pillutla et al. 2022, Algorithm 2: smoothed Weiszfeld).
 
-    Weighted by the sites' weights, as in the paper. `smoothing` is the nu of the paper, below
-    which a distance counts as nu; the start is the weighted mean, the iterations cost O(N^2) each.
-    Breakdown point 1/2 of the weight: with a share s < 1/2 in the hands of liars it stays within
-    2 (1-s) / (1-2s) times the honest updates' distance from any point. O(N^2 D) time.
+    Sites count alike, where the paper weighs them: a liar would say that it has the most rows.
+    `smoothing` is the nu of the paper, below which a distance counts as nu; the start is the mean,
+    the iterations cost O(N^2) each. Breakdown point 1/2: with a share s < 1/2 of liars it stays
+    within 2 (1-s) / (1-2s) times the honest updates' distance from any point. O(N^2 D) time.
     """
 
     def apply(cohort: Cohort) -> Cohort:
         distances_NN = squared_distances(gram(cohort))
-        alpha_N = cohort.weights_N.double()
-        shares_N = alpha_N / alpha_N.sum()
+        sites = len(cohort.names)
+        shares_N = torch.full((sites,), 1.0 / sites, dtype=torch.float64)
         for _ in range(iterations):
             to_all_N = distances_NN @ shares_N
             squares_N = to_all_N - 0.5 * torch.dot(shares_N, to_all_N)
-            beta_N = alpha_N / squares_N.clamp(min=0.0).sqrt().clamp(min=smoothing)
+            beta_N = 1.0 / squares_N.clamp(min=0.0).sqrt().clamp(min=smoothing)
             shares_N = beta_N / beta_N.sum()
         return reweighted(cohort, shares_N)
 
