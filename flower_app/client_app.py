@@ -178,17 +178,19 @@ def on_train(message: Message, config: Config, node: NodeConfig, state: RecordDi
     loaded = time.perf_counter()
     source = compose.noise_source(config, "split", site.name, round_, "training")
     with across.connected(config, payload, plan, state, source) as stream:
-        before = _WORKER.released(config, site, payload, pad_token(base), round_, "before")
-        backdoor = _WORKER.backdoor(config, site, payload)
-        personal = work.personal_score(
-            before, lambda: _WORKER.score(config, site, payload, pad_token(base))
-        )
+        before, backdoor, personal = Score(), Score(), None
+        if scoring := config.train.scores_in(round_):
+            before = _WORKER.released(config, site, payload, pad_token(base), round_, "before")
+            backdoor = _WORKER.backdoor(config, site, payload)
+            personal = work.personal_score(
+                before, lambda: _WORKER.score(config, site, payload, pad_token(base))
+            )
         scored, sent = time.perf_counter(), across.carried(stream)
         private = config.privacy.unit == "record"
         outcome = work.train(_WORKER.per_sample(config, node, round_) if private else "")
     trained = time.perf_counter()
     after = Score()
-    if config.train.score_after and not stream:  # alone a site has no middle of its own
+    if scoring and config.train.score_after and not stream:  # alone a site has no middle of its own
         after = _WORKER.released(config, site, payload, pad_token(base), round_, "after")
     delta = work.finish()
     report: dict[str, Scalar] = {

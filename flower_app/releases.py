@@ -59,7 +59,7 @@ def releases(config: Config, rows: int, rounds: Iterable[int], batches: int = 0)
     for round_ in rounds:
         noise, rate = plan.noise_multiplier, plan.sample_rate
         found.append(Event("gaussian", "record", noise, rate, plan.steps, round=round_))
-        found += _scored(config, round_, _scores(config))
+        found += _scored(config, round_, _scores(config, round_))
     return found
 
 
@@ -94,7 +94,8 @@ def passes(config: Config, rows: int, round_: int, batches: int = 0) -> int:
 def _streamed(config: Config, rows: int, round_: int, batches: int) -> list[Event]:
     """The vectors of one position on the stream: a hidden state and a gradient in every pass."""
     count = 2 * passes(config, rows, round_, batches)
-    return [_vectors(config, round_, count, "training"), *_scoring(config, round_)]
+    scored = _scoring(config, round_) if config.train.scores_in(round_) else []
+    return [_vectors(config, round_, count, "training"), *scored]
 
 
 def _scoring(config: Config, round_: int) -> list[Event]:
@@ -129,17 +130,17 @@ def metrics_noise(config: Config) -> float:
     if privacy.metrics_noise_multiplier:
         return privacy.metrics_noise_multiplier
     beside = 2 if config.strategy.fraction < 1 else 1  # at the end, and before the first round
-    count = _scores(config) * config.run.rounds + beside
+    count = sum(_scores(config, at) for at in range(1, config.run.rounds + 1)) + beside
     return calibrate(privacy.epsilon, privacy.delta, 1.0, count)
 
 
 def _scored(config: Config, round_: int, count: int) -> list[Event]:
-    if config.privacy.unit != "record" or config.privacy.metrics != "noised":
+    if not count or config.privacy.unit != "record" or config.privacy.metrics != "noised":
         return []
     noise = metrics_noise(config)
     return [Event("gaussian", "record", noise, 1.0, count, part="held-out", round=round_)]
 
 
-def _scores(config: Config) -> int:
-    """Scores that a site sends with what it trained."""
-    return 1 + config.train.score_after
+def _scores(config: Config, round_: int) -> int:
+    """Scores that a site sends with what it trained in a round."""
+    return (1 + config.train.score_after) * config.train.scores_in(round_)

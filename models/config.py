@@ -161,6 +161,12 @@ class TrainConfig(Section):
         description="Ditto: above 0 each site also trains a personal model, for as many steps, "
         "that (lambda / 2) * ||v - w_global||^2 ties to the shared one (Li et al. 2021).",
     )
+    score_every: int = Field(
+        1,
+        ge=1,
+        description="Rounds from one in which sites score to the next; the first does in any case, "
+        "and the last payload is always scored.",
+    )
     score_after: bool = Field(
         True, description="Also score the site's own update on its held-out rows, after training."
     )
@@ -193,6 +199,10 @@ class TrainConfig(Section):
         import math
 
         return self.steps or math.ceil(self.epochs * (batches / self.grad_accumulation))
+
+    def scores_in(self, round_: int) -> bool:
+        """Whether sites score what they receive and train in round `round_` (1-based)."""
+        return (round_ - 1) % self.score_every == 0
 
     def learning_rate_at(self, round_: int, rounds: int) -> float:
         """Learning rate of round `round_` (1-based) of `rounds`."""

@@ -17,6 +17,7 @@ from models.base import digest_of
 from models.layout import Layout
 from strategies import aggregate
 from tests.flower_app.nodes import NAMES, Nodes, raw, site_rows, write_rows
+from tests.flower_app.runs import rows, simulate
 
 
 def fields(content: RecordDict) -> dict[str, Any]:
@@ -79,6 +80,18 @@ def test_scoring_after_training_can_be_left_out(nodes: Nodes) -> None:
     _, report = nodes.train(nodes.simulated(0), train__score_after=False)
     assert read_score("after", report).counted == 0
     assert read_score("before", report).counted > 0
+
+
+def test_sites_score_in_the_rounds_that_are_asked_for(nodes: Nodes) -> None:
+    folder, _ = simulate(nodes, "seldom", run__rounds=4, train__score_every=2)
+    assert [row["round"] for row in rows(folder, "evaluation")] == [0, 2, 4]
+    scored = {row["round"] for row in rows(folder, "site") if row["loss_before"] is not None}
+    assert scored == {1, 3}
+    after = {row["round"] for row in rows(folder, "site") if row["loss_after"] is not None}
+    assert after == scored
+    always, _ = simulate(nodes, "always", run__rounds=4)
+    weights = "adapter/adapter_model.safetensors"
+    assert (folder / weights).read_bytes() == (always / weights).read_bytes()
 
 
 def test_the_base_model_is_read_once_for_all_messages_and_sites(

@@ -72,6 +72,8 @@ def test_noised_scores_are_paid_by_the_held_out_rows(nodes: Nodes) -> None:
     # Two scores in each of 3 rounds and one at the end; with a part of the sites in a round all
     # are asked at the start as well.
     assert of(nodes, **keys)["sites"]["east"] == epsilon(4.0, 1.0, 7, 1e-5)
+    seldom = of(nodes, train__score_every=2, **keys)  # in rounds 1 and 3
+    assert seldom["sites"]["east"] == epsilon(4.0, 1.0, 5, 1e-5)
     sampled = of(nodes, strategy__fraction=0.5, **keys)
     assert sampled["sites"]["east"] == epsilon(4.0, 1.0, 8, 1e-5)
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from flower_app.bench import split_tasks
-from flower_app.bench.results import STUDIES, record, settings, table
+from flower_app.bench.results import STUDIES, Study, record, resolve, settings, table
+from flower_app.config import defaults, parse
 
 STUDY = STUDIES["sst2"]
 
@@ -68,6 +69,17 @@ def test_split_tasks_compare_the_same_seeds() -> None:
     assert one.sites * int(one.config["train.batch-size"]) == many.sites * int(
         many.config["train.batch-size"]
     )
+
+
+SPLIT = [split_tasks.study(task, way) for task in split_tasks.TASKS for way in split_tasks.WAYS]
+
+
+@pytest.mark.parametrize("study", [*STUDIES.values(), *SPLIT])
+def test_the_settings_of_a_study_are_a_configuration(study: Study, tmp_path: Path) -> None:
+    (tmp_path / str(study.config["model.name"])).mkdir(parents=True)
+    given = resolve(study, tmp_path, seed=3)
+    found = parse(defaults() | given).flat()
+    assert {key: found[key] for key in given} == given and found["run.seed"] == 3
 
 
 def test_a_misspelt_study_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
