@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from string import Formatter
 from typing import Any
@@ -55,9 +56,9 @@ def class_names(datasets: Sequence[Dataset], config: DataConfig) -> tuple[str, .
         if isinstance(feature, ClassLabel):
             return tuple(feature.names)
     cells = [cell for rows in datasets for cell in rows[config.label_column][:]]
-    if words := {cell for cell in cells if isinstance(cell, str)}:
-        return tuple(sorted(words))
-    numbers = [int(cell) for cell in cells if isinstance(cell, int) and cell >= 0]
+    if any(isinstance(cell, str) and _number(cell) is None for cell in cells):
+        return tuple(sorted({cell for cell in cells if isinstance(cell, str)}))
+    numbers = [number for cell in cells if (number := _number(cell)) is not None]
     return tuple(str(number) for number in range(max(numbers, default=-1) + 1))
 
 
@@ -77,7 +78,10 @@ def _choices(rows: Dataset, config: DataConfig, labels: Sequence[str]) -> list[R
     cells = rows[config.label_column][:]
     for index, prompt in enumerate(_prompts(rows, config)):
         choices = offered[index]
-        right = _index(cells[index], choices, config.label_column, index)
+        # An index first, as documented, although one of the answers may be that number.
+        right = _number(cells[index])
+        if right is None:
+            right = _named(cells[index], choices, config.label_column, index)
         if right >= len(choices):
             raise _wrong(config.label_column, index, f"an index below {len(choices)}", right)
         records.append(Choice(prompt, choices, right))
@@ -95,7 +99,7 @@ def _labelled(rows: Dataset, config: DataConfig, labels: Sequence[str]) -> list[
         cells: list[Any] = [None if c is None else feature.int2str(c) for c in rows[column][:]]
     else:
         cells = rows[column][:]
-    numbers = [_index(cell, labels, column, row) for row, cell in enumerate(cells)]
+    numbers = [_class(cell, labels, column, row) for row, cell in enumerate(cells)]
     for row, number in enumerate(numbers):
         if labels and number >= len(labels):
             raise _wrong(column, row, f"a class below {len(labels)}", number)
@@ -166,22 +170,39 @@ def _texts(rows: Dataset, column: str, *, null_as: str | None = None) -> list[st
     return texts
 
 
-def _index(cell: object, names: Sequence[str], column: str, row: int) -> int:
-    """The class number that a cell stands for: a name of `names`, an integer, or no and yes."""
-    if isinstance(cell, str):
-        if not names:
-            raise DataError(
-                f"Expected integers in column {column!r} where data.labels is empty, got {cell!r} "
-                f"in row {row}; list the class names in data.labels."
-            )
-        if cell not in names:
-            listed = ", ".join(repr(name) for name in names[:20])
-            more = ", …" if len(names) > 20 else ""
-            raise _wrong(column, row, f"one of {listed}{more}", cell)
-        return list(names).index(cell)
-    if isinstance(cell, int) and cell >= 0:
+def _class(cell: object, names: Sequence[str], column: str, row: int) -> int:
+    """The class that a cell stands for: a name of `names`, else its number."""
+    # By name first: of the classes 1 to 5, the first is 1 whether a file writes 1 or "1".
+    name = str(cell).lower() if isinstance(cell, bool) else str(cell)
+    if name in names:
+        return list(names).index(name)
+    number = _number(cell)
+    if number is None or any(_number(name) is not None for name in names):
+        return _named(cell, names, column, row)
+    return number
+
+
+def _named(cell: object, names: Sequence[str], column: str, row: int) -> int:
+    """The place of a cell among `names`."""
+    if not isinstance(cell, str) and _number(cell) is None:
+        raise _wrong(column, row, "a class: an integer from 0 or a name", cell)
+    if not names:
+        raise DataError(
+            f"Expected integers in column {column!r} where data.labels is empty, got {cell!r} "
+            f"in row {row}; list the class names in data.labels."
+        )
+    if cell not in names:
+        listed = ", ".join(repr(name) for name in names[:20])
+        more = ", …" if len(names) > 20 else ""
+        raise _wrong(column, row, f"one of {listed}{more}", cell)
+    return list(names).index(str(cell))
+
+
+def _number(cell: object) -> int | None:
+    """An integer from 0, which may be written as a text: csv files know nothing else."""
+    if isinstance(cell, str) and re.fullmatch(r"0|[1-9][0-9]{0,17}", cell):
         return int(cell)
-    raise _wrong(column, row, "a class: an integer from 0 or a name", cell)
+    return int(cell) if isinstance(cell, int) and cell >= 0 else None
 
 
 def _wrong(column: str, row: int, expected: str, cell: object) -> DataError:

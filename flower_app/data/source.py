@@ -122,7 +122,10 @@ def _read_folder(folder: Path, split: str) -> Dataset:
     try:
         return concatenate_datasets(parts)
     except (ValueError, TypeError, pa.ArrowException) as error:
-        raise DataError(f"Expected the same types in every file of {folder}: {error}.") from error
+        raise DataError(
+            f"Expected the same types in every file of {folder}: {error}; cells of csv files are "
+            "texts, so write texts in the others too, or name the file to take."
+        ) from error
 
 
 def _split_of(path: Path) -> str | None:
@@ -141,14 +144,24 @@ def _read_file(path: Path) -> Dataset:
         content = path.read_bytes()
         if path.name.lower().endswith(".gz"):
             content = gzip.decompress(content)
-        return Dataset(reader(content))
+        return Dataset(_distinct(reader(content)))
     except UnicodeDecodeError as error:
         raise DataError(
             f"Expected UTF-8 in {path}, got the byte 0x{error.object[error.start]:02x} at offset "
             f"{error.start}; convert it, for example with iconv -t UTF-8."
         ) from error
-    except (OSError, EOFError, ValueError, TypeError, zlib.error, pa.ArrowException) as error:
+    except (
+        OSError, EOFError, ValueError, TypeError, RecursionError, csv.Error, zlib.error,
+        pa.ArrowException,
+    ) as error:  # fmt: skip
         raise DataError(f"Expected a readable {_suffix(path)} file, got {path}: {error}") from error
+
+
+def _distinct(table: pa.Table) -> pa.Table:
+    names = table.column_names
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"the column name {twice[0]!r} stands there twice; rename one of the two")
+    return table
 
 
 def _text(content: bytes) -> str:
@@ -190,29 +203,27 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
             columns[name] = pa.array([row.get(name) for row in rows])
         except pa.ArrowException as error:
             raise ValueError(f"column {name!r} mixes types ({error})") from error
+        except OverflowError as error:
+            raise ValueError(
+                f"column {name!r} has an integer of more than 64 bits; write it as a text"
+            ) from error
     return pa.table(columns)
 
 
 def _read_csv(content: bytes) -> pa.Table:
     text = _text(content)
-    if not text.strip():
+    # Like pyarrow, past the blank lines that a file may begin with.
+    names = next((row for row in csv.reader(io.StringIO(text)) if row), None)
+    if names is None:
         return pa.table({})
-    names = next(csv.reader(io.StringIO(text)))
-    table = pyarrow.csv.read_csv(
+    return pyarrow.csv.read_csv(
         io.BytesIO(text.encode()),
         read_options=pyarrow.csv.ReadOptions(block_size=len(content) + 1),
         parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
-        # As written: "NA", "2024-01-01" and "007" in a text must stay what they are.
+        # As written: "NA", "2024-01-01", "007" and "5" in a text must stay what they are, and an
+        # answer or a class that is a number must be the same as in a JSON file with texts.
         convert_options=pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string())),
     )
-    return pa.table({name: _numbers(table[name]) for name in table.column_names})
-
-
-def _numbers(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """The column as integers if every cell is one in canonical form, else as it is."""
-    if all(re.fullmatch(r"0|-?[1-9]\d{0,17}", cell) for cell in column.to_pylist()):
-        return column.cast(pa.int64())
-    return column
 
 
 def _read_parquet(content: bytes) -> pa.Table:

@@ -35,6 +35,7 @@ def jsonl(rows: list[dict[str, object]]) -> str:
 @pytest.mark.parametrize("kind", ["json", "jsonl", "csv", "parquet"])
 def test_every_kind_gives_the_same_rows(tmp_path: Path, kind: str, gz: str) -> None:
     made = Dataset.from_list(ROWS)
+    wanted = ROWS if kind != "csv" else [{**row, "n": str(row["n"])} for row in ROWS]
     if kind == "parquet":
         made.to_parquet(tmp_path / "plain")
         content: str | bytes = (tmp_path / "plain").read_bytes()
@@ -42,7 +43,7 @@ def test_every_kind_gives_the_same_rows(tmp_path: Path, kind: str, gz: str) -> N
         content = 'text,n\n"a first row",1\n"zweite: Größe\u2028weiter",2\n'
     else:
         content = json.dumps(ROWS) if kind == "json" else jsonl([dict(row) for row in ROWS])
-    assert load_rows(written(tmp_path, f"data.{kind}{gz}", content)).to_list() == ROWS
+    assert load_rows(written(tmp_path, f"data.{kind}{gz}", content)).to_list() == wanted
 
 
 def test_text_is_a_row_per_line_that_is_not_blank(tmp_path: Path) -> None:
@@ -59,9 +60,14 @@ def test_csv_cells_stay_as_written(tmp_path: Path) -> None:
     text = 'day,code,n,note\n2024-01-01,007,-3,NA\n2024-01-02,8,10,"two\nlines"\n'
     rows = load_rows(written(tmp_path, "a.csv", text)).to_list()
     assert rows == [
-        {"day": "2024-01-01", "code": "007", "n": -3, "note": "NA"},
-        {"day": "2024-01-02", "code": "8", "n": 10, "note": "two\nlines"},
+        {"day": "2024-01-01", "code": "007", "n": "-3", "note": "NA"},
+        {"day": "2024-01-02", "code": "8", "n": "10", "note": "two\nlines"},
     ]
+
+
+def test_csv_may_begin_with_blank_lines(tmp_path: Path) -> None:
+    rows = load_rows(written(tmp_path, "a.csv", "\n\r\ntext,n\nhello,5\n"))
+    assert rows.to_list() == [{"text": "hello", "n": "5"}]
 
 
 def test_byte_order_mark_is_no_part_of_the_first_column(tmp_path: Path) -> None:
@@ -133,6 +139,10 @@ def test_empty_file_is_refused(tmp_path: Path, name: str) -> None:
         ("a.json", b"[1]", "item 1 is int"),
         ("a.jsonl", b'{"a": 1}\n{"a": "x"}\n', "column 'a' mixes types"),
         ("a.csv", b"a,b\n1,2\n3\n", "Expected 2 columns, got 1"),
+        ("a.csv", b"a,b,a\n1,2,3\n", r"got .*a\.csv: the column name 'a' stands there twice"),
+        ("a.csv", b"a" * 200_000 + b"\n1\n", r"readable \.csv file, got .*a\.csv: field larger"),
+        ("a.jsonl", b'{"n": 1}\n{"n": 18446744073709551616}\n', r"a\.jsonl: column 'n' .* 64 bits"),
+        ("a.json", b"[" * 100_000, r"readable \.json file, got .*a\.json"),
         ("a.parquet", b"PAR0nothing", r"readable \.parquet file"),
     ],
 )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
 from flower_app.data.config import DataConfig
 from flower_app.data.format import class_names, columns_in_use, make_records
-from flower_app.data.source import DataError
+from flower_app.data.source import DataError, load_rows
 from models.text import Choice, Document, Instruct, Labelled
 
 
@@ -90,6 +93,59 @@ def test_classification_by_number_by_word_and_with_a_pair() -> None:
     paired = config(format="classification", text_pair_column="other")
     assert class_names([words], paired) == ("x", "y")
     assert make_records(words, paired, ("x", "y")) == [Labelled("a", "c", 1), Labelled("b", "d", 0)]
+
+
+def test_csv_and_json_lines_hold_the_same_classes(tmp_path: Path) -> None:
+    """One of two sites has a csv file, the other json with texts or with integers."""
+    stars = [("a", 1), ("b", 4), ("c", 5)]
+    lines = {
+        "a.csv": ["text,label", *(f"{text},{star}" for text, star in stars)],
+        "b.jsonl": [json.dumps({"text": text, "label": str(star)}) for text, star in stars],
+        "c.jsonl": [json.dumps({"text": text, "label": star}) for text, star in stars],
+    }
+    read = {}
+    for name, content in lines.items():
+        (tmp_path / name).write_text("\n".join(content), encoding="utf-8")
+        read[name] = load_rows(str(tmp_path / name))
+    chosen = config(format="classification")
+    for labels, wanted in (
+        (("1", "2", "3", "4", "5"), [0, 3, 4]),  # by name
+        (("a", "b", "c", "d", "e", "f"), [1, 4, 5]),  # by number
+        ((), [1, 4, 5]),
+    ):
+        for name, rows in read.items():
+            records = make_records(rows, chosen, labels)
+            assert [r.label for r in records if isinstance(r, Labelled)] == wanted, (labels, name)
+    names = {class_names([rows], chosen) for rows in read.values()}
+    assert names == {("0", "1", "2", "3", "4", "5")}
+
+
+def test_a_number_that_is_no_name_is_refused_where_names_are_numbers() -> None:
+    rows = Dataset.from_dict({"text": ["a", "b"], "label": [1, 0]})
+    with pytest.raises(DataError, match=r"one of '1', '2' in column 'label', got int '0' in row 1"):
+        make_records(rows, config(format="classification"), ("1", "2"))
+
+
+def test_truth_values_are_found_by_name_before_they_count_as_numbers() -> None:
+    rows = Dataset.from_dict({"text": ["a", "b"], "label": [True, False]})
+    chosen = config(format="classification")
+    assert [r.label for r in make_records(rows, chosen, ("true", "false"))] == [0, 1]  # type: ignore[union-attr]
+    assert [r.label for r in make_records(rows, chosen, ("no", "yes"))] == [1, 0]  # type: ignore[union-attr]
+
+
+def test_numbers_in_csv_are_answers_and_indices(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("instruction,output,a,b,label\n2+3?,5,1,5,1\n1+0?,1,1,0,0\n", encoding="utf-8")
+    rows = load_rows(str(path))
+    assert make_records(rows, config(format="instruct")) == [
+        Instruct("2+3?\n", "5"),
+        Instruct("1+0?\n", "1"),
+    ]
+    # The label is an index, although one of the answers reads like it.
+    assert make_records(rows, config(format="choice", choices_column="a,b")) == [
+        Choice("2+3?\n", ("1", "5"), 1),
+        Choice("1+0?\n", ("1", "0"), 0),
+    ]
 
 
 def test_declared_class_names_of_a_data_set_are_used() -> None:
