@@ -5,20 +5,25 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import tomllib
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
+from flwr.cli.run.run import _parse_federation_config_overrides
+from flwr.cli.typing import SuperLinkConnection
 from flwr.common.config import parse_config_args
 
 from flower_app.bench.results import STUDIES
-from flower_app.compose import check_names
+from flower_app.compose import check_names, check_sites, malicious
 from flower_app.config import Value, known_keys, parse, sections
 from flower_app.data.config import DataConfig
 from flower_app.data.site import load_site
@@ -131,15 +136,48 @@ def test_the_configuration_file_of_the_readme_is_accepted() -> None:
     assert config.payload.target_modules == "q_proj,v_proj"
 
 
-def test_run_configs_of_the_readme_are_accepted() -> None:
-    lines = [
-        line
-        for text in blocks(README, "bash")
-        for line in re.findall(r'--run-config(?: \\\n)?\s+"([^"]+)"', text)
-    ]
-    assert len(lines) >= 6
-    for line in lines:
-        check_names(parse(declared() | parse_config_args([line])))
+def runs() -> list[Any]:
+    """Every documented call of `flwr run`: its page, its words as the shell splits them."""
+    found: list[Any] = []
+    for path in PAGES:
+        text = path.read_text(encoding="utf-8")
+        shell = "".join(blocks(text, "bash") + blocks(text, "sh")).replace("\\\n", "")
+        for line in shell.splitlines():
+            words = shlex.split(line.replace("\\$", "$"), comments=True)
+            if words[:2] == ["flwr", "run"]:
+                found.append(pytest.param(words, id=f"{path.name}-{len(found)}"))
+    return found
+
+
+def options(words: list[str], name: str) -> list[str]:
+    return [after for word, after in pairwise(words) if word == name]
+
+
+@pytest.mark.parametrize("words", runs())
+def test_documented_runs_are_taken_and_have_enough_sites(words: list[str]) -> None:
+    overrides = options(words, "--run-config")
+    files = [text for text in overrides if text.endswith(".toml")]
+    assert set(files) <= {"my-run.toml"}  # the configuration file of the README
+    mine = flat(tomllib.loads(blocks(README, "toml")[0])) if files else {}
+    mine |= parse_config_args([text for text in overrides if text not in files])
+    config = parse(declared() | mine)
+    check_names(config)
+    federation = options(words, "--federation-config")
+    connection = SuperLinkConnection(name="any", address="127.0.0.1:1")
+    simulation = _parse_federation_config_overrides(federation, connection)
+    count = simulation.num_supernodes if simulation else 2  # what Flower simulates unasked
+    if "hospitals" in words:
+        assert config.data.partition == "own"
+        count = config.strategy.min_sites
+    sites = [f"site-{number}" for number in range(count)]
+    check_sites(config, sites)
+    assert config.attack.name == "none" or malicious(config, sites)
+
+
+def test_a_federation_config_that_flower_refuses_does_not_pass() -> None:
+    connection = SuperLinkConnection(name="any", address="127.0.0.1:1")
+    with pytest.raises(TypeError):
+        _parse_federation_config_overrides(["client-resources-num-cpus=0.5"], connection)
 
 
 def test_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
