@@ -229,20 +229,26 @@ def resolve(study: Study, data: Path, seed: int) -> dict[str, Value]:
     return config
 
 
-def run_study(study: Study, data: Path, seed: int, *, share: float = 1) -> dict[str, Any]:
-    """One `flwr run` in simulation; returns its summary. Raises RuntimeError without one.
+def federation_of(study: Study, *, at_once: bool = False) -> dict[str, Value]:
+    """Flower's settings of a study: a worker per core, or `at_once` one per site on what is there.
 
-    A worker takes this `share` of a core.
+    Workers take whole cores only, so that more of them need more cores than there are.
     """
+    found: dict[str, Value] = {"num-supernodes": study.sites, "client-resources-num-cpus": 1}
+    return found | ({"init-args-num-cpus": study.sites} if at_once else {})
+
+
+def run_study(study: Study, data: Path, seed: int, *, at_once: bool = False) -> dict[str, Any]:
+    """One `flwr run` in simulation; returns its summary. Raises RuntimeError without one."""
     with tempfile.TemporaryDirectory(prefix="florilegium-") as folder:
         home = Path(folder)
         config = resolve(study, data, seed) | {"run.output-dir": str(home / "runs")}
         with superlink(home, simulation=True):
-            federation = {"num-supernodes": study.sites, "client-resources-num-cpus": share}
+            federation = federation_of(study, at_once=at_once)
             command = flwr_run(home, ROOT, config, federation=federation)
             output = subprocess.run(
-                command, env=environment(home), cwd=home, capture_output=True, text=True,
-                check=False,
+                command, env=environment(home), cwd=home, text=True, check=False,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             ).stdout  # fmt: skip
         summary = home / "runs" / "latest" / "summary.json"
         if not summary.is_file():

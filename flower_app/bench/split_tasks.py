@@ -20,7 +20,6 @@ PAGE = ROOT / "docs" / "split.md"
 RAW = ROOT / "docs" / "split-tasks.json"
 _SITES = 4
 _ROWS = 8  # of a site's step
-_WORKERS_SHARE = 0.5  # client-batch wants all sites at the same time, on two cores
 
 _TRAINING: Mapping[str, Value] = {
     "run.rounds": 10,
@@ -123,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 if found.get(name, {}).get("settings") == settings(what):
                     continue
                 started = time.monotonic()
-                summary = run_study(what, options.data, seed, share=_WORKERS_SHARE)
+                summary = run_study(what, options.data, seed, at_once=way == "split")
                 keep = ("metric", "zero_shot", "federated", "wall_s")
                 found[name] = {k: summary[k] for k in keep} | {"settings": settings(what)}
                 print(f"{name}: {time.monotonic() - started:.0f} s", flush=True)

@@ -8,10 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from flwr.cli.run.run import parse_config_args, simulation_config_from_json
 
 from flower_app.bench import split_tasks
-from flower_app.bench.results import STUDIES, Study, record, resolve, settings, table
+from flower_app.bench.results import (
+    ROOT,
+    STUDIES,
+    Study,
+    federation_of,
+    record,
+    resolve,
+    settings,
+    table,
+)
 from flower_app.config import defaults, parse
+from flower_app.local import flwr_run
 
 STUDY = STUDIES["sst2"]
 
@@ -80,6 +91,11 @@ def test_the_settings_of_a_study_are_a_configuration(study: Study, tmp_path: Pat
     given = resolve(study, tmp_path, seed=3)
     found = parse(defaults() | given).flat()
     assert {key: found[key] for key in given} == given and found["run.seed"] == 3
+    for at_once in (False, True):
+        command = flwr_run(tmp_path, ROOT, {}, federation=federation_of(study, at_once=at_once))
+        said = command[command.index("--federation-config") + 1]
+        options = {k.replace("-", "_"): v for k, v in parse_config_args([said]).items()}
+        assert simulation_config_from_json(options).num_supernodes == study.sites
 
 
 def test_a_misspelt_study_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
