@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -10,12 +11,15 @@ import socket
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import httpx
 import psutil
+
+from models.section import ConfigError
 
 QUIET = {
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
@@ -133,7 +137,7 @@ def supernodes(
                 process(
                     ["flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{port}",
                      "--port", str(free_port()), "--node-config",
-                     " ".join(f'{key}="{value}"' for key, value in node.items())],
+                     " ".join(f"{key}={quoted(value)}" for key, value in node.items())],
                     home / f"node-{number}",
                     home / f"node-{number}.log",
                     extra,
@@ -151,7 +155,10 @@ def flwr_run(
     federation: Mapping[str, int | float | str] | None = None,
     stream: bool = True,
 ) -> list[str]:
-    """Command line of `flwr run` against the SuperLink under `home`."""
+    """Command line of `flwr run` against the SuperLink under `home`.
+
+    Raises ConfigError for a text that no command line of flwr can hold.
+    """
     pairs = " ".join(f"{key}={_toml(value)}" for key, value in run_config.items())
     command = ["flwr", "run", str(app), CONNECTION, *["--stream"] * stream]
     command += ["--run-config", pairs] if pairs else []
@@ -164,7 +171,26 @@ def flwr_run(
 def _toml(value: bool | int | float | str) -> str:
     if isinstance(value, bool):
         return str(value).lower()
-    return f"'{value}'" if isinstance(value, str) else str(value)
+    return quoted(value) if isinstance(value, str) else str(value)
+
+
+def quoted(text: str) -> str:
+    """The text as flwr reads it back from a config on the command line; raises ConfigError.
+
+    flwr ends a text at the next quote of the kind that it began with, escaped or not.
+    """
+    # TOML takes no bare DEL, which JSON does.
+    basic = json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+    literal = f"'{text}'"
+    for written, quote in ((basic, '"'), (literal, "'")):
+        with contextlib.suppress(tomllib.TOMLDecodeError):
+            if quote not in written[1:-1] and tomllib.loads(f"x = {written}")["x"] == text:
+                return written
+    raise ConfigError(
+        "Expected a text that flwr can take on its command line, got one with both kinds of "
+        f"quotes, or a line break beside a double one: {text!r}; put it into a TOML file for "
+        "`flwr run --run-config`, or leave one of the two out."
+    )
 
 
 def _await_health(port: int, child: subprocess.Popen[bytes], log: Path) -> None:
