@@ -28,8 +28,9 @@ from models.section import ConfigError
 _FREE = ("resume", "rounds", "deadline-s", "roll-call-s", "quorum", "name", "output-dir",
          "baselines", "tensorboard")  # fmt: skip
 _SAFE = "The rounds before it are safe: free some space and run again with run.resume='latest'."
-# A run that stopped for want of sites is told to lower strategy.min-sites.
-_FREE_KEYS = frozenset({f"run.{key}" for key in _FREE} | {"strategy.min-sites"})
+# A run that stopped for want of sites is told to lower one of these.
+_LOWERED = {"strategy.min-sites", "strategy.num-byzantine"}
+_FREE_KEYS = frozenset({f"run.{key}" for key in _FREE} | _LOWERED)
 
 
 class CheckpointError(OSError):

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from strategies.cohort import Cohort, Delta
-from strategies.conditions import NumByzantine, require
+from strategies.conditions import NumByzantine, remaining, require
 from strategies.coordinates import Array, mean_of, per_coordinate
 from strategies.geometry import gram, squared_distances
 from strategies.stage import Rule, Stage, pure
@@ -30,20 +30,21 @@ def bulyan(*, num_byzantine: NumByzantine = 1) -> Rule:
     are averaged after all. Raises CohortError for that and for fewer sites.
     """
 
-    def requires(count: int) -> int:
-        return require(count, num_byzantine, 4, 3)
+    def requires(count: int, caught: int = 0) -> int:
+        return require(count, num_byzantine, 4, 3, caught)
 
-    def chosen(cohort: Cohort) -> Cohort:
-        count = requires(len(cohort.names)) - 2 * num_byzantine
+    def chosen(cohort: Cohort, f: int) -> Cohort:
+        count = len(cohort.names) - 2 * f
         distances_NN = squared_distances(gram(cohort)).numpy()
-        indices = sorted(_chosen(distances_NN, num_byzantine, count))
+        indices = sorted(_chosen(distances_NN, f, count))
         picks = torch.eye(len(cohort.names), dtype=torch.float64)[indices]
         names = [cohort.names[index] for index in indices]
         return cohort.mixed(picks, names, torch.full((count,), 1.0 / count))
 
     def apply(cohort: Cohort) -> Delta:
-        kept = requires(len(cohort.names)) - 4 * num_byzantine
-        return per_coordinate(chosen(cohort), lambda x_NC: _nearest_median(x_NC, kept), "bulyan")
+        f = remaining(num_byzantine, cohort.caught)
+        kept = requires(len(cohort.names), cohort.caught) - 4 * f
+        return per_coordinate(chosen(cohort, f), lambda x_NC: _nearest_median(x_NC, kept), "bulyan")
 
     return Stage("bulyan", Cohort, Delta, pure(apply), requires=requires)
 

@@ -59,7 +59,8 @@ class Cohort:
     `weights_N` is float32 with sum 1. `clip` is an L2 bound that is proved to hold for each row.
     `lora_scale` is LoRA's alpha / rank, which weighs products of factors against other tensors;
     `trusted_D` is the server's own update on data that it trusts, for rules that compare with it;
-    `left_out` says of sites that a stage has left out why.
+    `left_out` says of sites that a stage has left out why; `caught` is how many sites the gate has
+    quarantined, which are liars no longer among the rows.
     """
 
     base_D: Tensor
@@ -71,6 +72,7 @@ class Cohort:
     lora_scale: float = 1.0
     trusted_D: Tensor | None = None
     left_out: Mapping[str, str] = field(default_factory=dict)
+    caught: int = 0
     # What was computed of these rows once, by name. Another set of rows starts an empty one.
     memo: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
 

@@ -20,7 +20,10 @@ class StrategyConfig(Section):
         1.0, gt=0, description="L2 norm to which `clip` and `norm-bounding` scale updates."
     )
     num_byzantine: int = Field(
-        1, ge=0, description="Sites that may lie, f, which robust rules are told."
+        1,
+        ge=0,
+        description="Sites that may lie, f, which robust rules are told; a site that the gate "
+        "refuses in a round is one of them.",
     )
     screen_threshold: float = Field(
         5.0, gt=0, description="Robust z-score of a module beyond which `module-screen` acts."

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from strategies.cohort import Cohort, CohortError, Delta, LazyRows
-from strategies.conditions import NumByzantine, require
+from strategies.conditions import NumByzantine, remaining, require
 from strategies.product import structure
 from strategies.stage import Rule, Stage, pure
 
@@ -57,11 +57,12 @@ def trimmed_mean(*, num_byzantine: NumByzantine = 1) -> Rule:
     CohortError for fewer sites, and for LoRA factors with different A.
     """
 
-    def requires(count: int) -> int:
-        return require(count, num_byzantine, 2, 1)
+    def requires(count: int, caught: int = 0) -> int:
+        return require(count, num_byzantine, 2, 1, caught)
 
     def apply(cohort: Cohort) -> Delta:
-        kept = slice(num_byzantine, requires(len(cohort.names)) - num_byzantine)
+        f = remaining(num_byzantine, cohort.caught)
+        kept = slice(f, requires(len(cohort.names), cohort.caught) - f)
         return per_coordinate(cohort, lambda x_NC: mean_of(x_NC[kept]), "trimmed-mean")
 
     return Stage("trimmed-mean", Cohort, Delta, pure(apply), requires=requires)

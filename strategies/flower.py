@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from logging import INFO
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
@@ -34,6 +34,7 @@ from strategies.messages import (
     collect,
     decode_all,
     read_reply,
+    relabelled,
     to_record,
 )
 from strategies.sampling import Selection, TooFewSites, fixed_share
@@ -43,7 +44,7 @@ _RESUME = "run again with run.resume='latest'"
 
 
 class RoundError(RuntimeError):
-    """A round that too few sites answered well; the rounds before it are safe."""
+    """A round that cannot end with the replies that came; the rounds before it are safe."""
 
 
 @dataclass(frozen=True)
@@ -214,7 +215,7 @@ class ComposedStrategy(Strategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Gate the replies as they come, run the chain over the admitted, tell the listener.
 
-        Raises RoundError when fewer sites than the quorum answered well.
+        Raises RoundError when fewer sites than the quorum, or than the rule needs, answered well.
         """
         started = time.monotonic()
         assert self._intake is not None  # configure_train opened it
@@ -223,17 +224,17 @@ class ComposedStrategy(Strategy):
                 replies = self._tamper(server_round, self._asked, self._base_D, replies)
             outcomes = self._admit(intake, replies)
             got = intake.close()
-            outcomes = _relabelled(outcomes, got.failed, "failed")
+            outcomes = relabelled(outcomes, got.failed, "failed")
             self._require_quorum(server_round, len(got.counted), outcomes)
             received = time.monotonic()
             cohort = self._cohort(got)
             share = len(got.counted) / self._present
-            delta = damped(self._run_chain(server_round, cohort), share)
+            delta = damped(self._run_chain(server_round, cohort, outcomes), share)
             gap = self._gap(cohort, got)
         left_out = {
             s: why for row, why in delta.left_out.items() for s in got.sites.get(row, (row,))
         }
-        outcomes = _relabelled(outcomes, left_out, "screened")
+        outcomes = relabelled(outcomes, left_out, "screened")
         folded_down = nbytes(self.fold) * len(self._asked)
         self.fold = accumulated(self.fold, delta.fold)
         self._base_D, self._done = self._base_D + delta.vector_D, server_round
@@ -304,11 +305,10 @@ class ComposedStrategy(Strategy):
         needed = self._selection.required(len(self._asked))
         if admitted >= needed:
             return
-        reasons = "; ".join(f"{o.site}: {o.reason}" for o in outcomes if o.status != "ok")
         raise RoundError(
             f"Expected at least {needed} of {len(self._asked)} sites to answer well in round "
-            f"{round_}, got {admitted} ({reasons}). Finished rounds are safe: mend the sites "
-            f"and {_RESUME}, or lower run.quorum or strategy.min-sites."
+            f"{round_}, got {admitted} ({_reasons(outcomes)}). Finished rounds are safe: mend "
+            f"the sites and {_RESUME}, or lower run.quorum or strategy.min-sites."
         )
 
     def _bytes_down(self) -> int:
@@ -319,13 +319,22 @@ class ComposedStrategy(Strategy):
             return Cohort.nobody(self._layout, self._base_D)
         return Cohort.of(self._layout, self._base_D, got.rows, got.weights)
 
-    def _run_chain(self, round_: int, cohort: Cohort) -> Delta:
-        cohort = replace(cohort, lora_scale=self._lora_scale)
+    def _run_chain(self, round_: int, cohort: Cohort, outcomes: Sequence[SiteOutcome]) -> Delta:
+        # A rule is told of f sites that may lie: those that the gate caught are some of them.
+        caught = sum(outcome.status == "quarantined" for outcome in outcomes)
+        cohort = replace(cohort, lora_scale=self._lora_scale, caught=caught)
         if self._trusted:
             own = self._trusted(round_, self._layout.unflatten(self._base_D), self.fold)
             cohort = replace(cohort, trusted_D=self._layout.flatten(own))
         generator = torch.Generator().manual_seed(derive(self._seed, "chain", round_))
-        delta, self._state = self._chain.apply(self._state, cohort, generator)
+        try:
+            delta, self._state = self._chain.apply(self._state, cohort, generator)
+        except CohortError as error:
+            raise RoundError(
+                f"Expected updates that {self._chain.name} can aggregate in round {round_}, but: "
+                f"{error} Not among them: {_reasons(outcomes) or 'no site'}. Finished rounds are "
+                f"safe: {_RESUME}."
+            ) from error
         return delta
 
     def aggregate_evaluate(
@@ -380,15 +389,5 @@ class ComposedStrategy(Strategy):
         self.aggregate_evaluate(round_, collect(grid, messages, timeout))
 
 
-def _relabelled(
-    outcomes: tuple[SiteOutcome, ...],
-    reasons: Mapping[str, str],
-    status: Literal["failed", "screened"],
-) -> tuple[SiteOutcome, ...]:
-    """Outcomes with another status for sites that answered well and have a reason for it."""
-    return tuple(
-        replace(o, status=status, reason=reasons[o.site])
-        if o.status == "ok" and o.site in reasons
-        else o
-        for o in outcomes
-    )
+def _reasons(outcomes: Sequence[SiteOutcome]) -> str:
+    return "; ".join(f"{o.site}: {o.reason}" for o in outcomes if o.status != "ok")

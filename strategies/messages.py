@@ -54,6 +54,20 @@ class Traffic:
         )
 
 
+def relabelled(
+    outcomes: tuple[SiteOutcome, ...],
+    reasons: Mapping[str, str],
+    status: Literal["failed", "screened"],
+) -> tuple[SiteOutcome, ...]:
+    """Outcomes with another status for sites that answered well and have a reason for it."""
+    return tuple(
+        replace(o, status=status, reason=reasons[o.site])
+        if o.status == "ok" and o.site in reasons
+        else o
+        for o in outcomes
+    )
+
+
 def to_record(tensors: Mapping[str, Tensor]) -> ArrayRecord:
     """Pack named tensors into an ArrayRecord of raw bytes, in order."""
     return pack({name: encode(tensor) for name, tensor in tensors.items()})

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 
 from strategies.cohort import Cohort
-from strategies.conditions import NumByzantine, require
+from strategies.conditions import NumByzantine, remaining, require
 from strategies.geometry import gram, squared_distances
 from strategies.stage import Pre, Stage, State, pure
 
@@ -25,15 +25,16 @@ def nnm(*, num_byzantine: NumByzantine = 1) -> Pre:
     and means are those of the products. O(N^2 D) time. Raises CohortError for fewer sites.
     """
 
-    def requires(count: int) -> int:
-        return require(count, num_byzantine, 2, 1)
+    def requires(count: int, caught: int = 0) -> int:
+        return require(count, num_byzantine, 2, 1, caught)
 
     def apply(cohort: Cohort) -> Cohort:
-        count = requires(len(cohort.names))
+        count = requires(len(cohort.names), cohort.caught)
+        kept = count - remaining(num_byzantine, cohort.caught)
         distances_NN = squared_distances(gram(cohort)).fill_diagonal_(-1.0)
-        nearest = distances_NN.sort(dim=1, stable=True).indices[:, : count - num_byzantine]
+        nearest = distances_NN.sort(dim=1, stable=True).indices[:, :kept]
         mix_NN = torch.zeros(count, count, dtype=torch.float64)
-        mix_NN.scatter_(1, nearest, 1.0 / (count - num_byzantine))
+        mix_NN.scatter_(1, nearest, 1.0 / kept)
         return cohort.mixed(mix_NN, weights_M=torch.full((count,), 1.0 / count))
 
     return Stage("nnm", Cohort, Cohort, pure(apply), requires=requires)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from models.layout import Layout
 from strategies.cohort import Cohort, norm
-from strategies.conditions import NumByzantine, require
+from strategies.conditions import NumByzantine, remaining, require
 from strategies.product import Pair, structure
 from strategies.stage import Pre, Stage, pure
 
@@ -43,15 +43,16 @@ def module_screen(
     memory. Raises CohortError for fewer sites.
     """
 
-    def requires(count: int) -> int:
+    def requires(count: int, caught: int = 0) -> int:
         # Fewer are left where sites are left out, which the stages after it must bear.
-        return require(count, num_byzantine, 2, 1) - num_byzantine
+        return require(count, num_byzantine, 2, 1, caught) - remaining(num_byzantine, caught)
 
     def apply(cohort: Cohort) -> Cohort:
-        requires(len(cohort.names))
+        requires(len(cohort.names), cohort.caught)
+        most = remaining(num_byzantine, cohort.caught)
         modules, norms_NM = _norms(cohort)
         worst_N, where_N = _scores(norms_NM).max(dim=1)
-        ranked = worst_N.sort(descending=True, stable=True).indices[:num_byzantine].tolist()
+        ranked = worst_N.sort(descending=True, stable=True).indices[:most].tolist()
         out = {
             index: f"module-screen: its update of {modules[int(where_N[index])]} is "
             f"{float(worst_N[index]):.1f} deviations larger than the median."

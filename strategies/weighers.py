@@ -18,7 +18,7 @@ from torch import Tensor
 
 from strategies.cohort import Cohort, CohortError
 from strategies.combine import combine
-from strategies.conditions import NumByzantine, require
+from strategies.conditions import NumByzantine, remaining, require
 from strategies.geometry import gram, squared_distances
 from strategies.stage import Pre, Rule, Stage, chain, pure
 
@@ -47,13 +47,13 @@ def krum(*, num_byzantine: NumByzantine = 1) -> Pre:
     two honest updates of one of them. O(N^2 D) time. Raises CohortError for fewer sites.
     """
 
-    def requires(count: int) -> int:
-        require(count, num_byzantine, 2, 3)
+    def requires(count: int, caught: int = 0) -> int:
+        require(count, num_byzantine, 2, 3, caught)
         return 1
 
     def apply(cohort: Cohort) -> Cohort:
-        requires(len(cohort.names))
-        return _selected(cohort, _closest(cohort, num_byzantine, 1))
+        kept = requires(len(cohort.names), cohort.caught)
+        return _selected(cohort, _closest(cohort, num_byzantine, kept))
 
     return Stage("krum", Cohort, Cohort, pure(apply), requires=requires)
 
@@ -69,17 +69,17 @@ def multi_krum(
     own guarantee asks for fewer than N-2f-2. O(N^2 D) time. Raises CohortError for fewer sites.
     """
 
-    def requires(count: int) -> int:
-        require(count, num_byzantine, 2, 3)
+    def requires(count: int, caught: int = 0) -> int:
+        require(count, num_byzantine, 2, 3, caught)
         if num_selected > count:
             raise CohortError(
                 f"Expected strategy.num-selected={num_selected} to be at most {count}, the number "
                 "of updates; lower it or add sites."
             )
-        return num_selected or count - num_byzantine
+        return num_selected or count - remaining(num_byzantine, caught)
 
     def apply(cohort: Cohort) -> Cohort:
-        kept = requires(len(cohort.names))
+        kept = requires(len(cohort.names), cohort.caught)
         return _selected(cohort, _closest(cohort, num_byzantine, kept))
 
     return Stage("multi-krum", Cohort, Cohort, pure(apply), requires=requires)
@@ -92,7 +92,8 @@ def krum_scores(distances_NN: Tensor, num_byzantine: int) -> Tensor:
 
 
 def _closest(cohort: Cohort, num_byzantine: int, count: int) -> list[int]:
-    scores_N = krum_scores(squared_distances(gram(cohort)), num_byzantine)
+    f = remaining(num_byzantine, cohort.caught)
+    scores_N = krum_scores(squared_distances(gram(cohort)), f)
     return sorted(scores_N.sort(stable=True).indices[:count].tolist())
 
 

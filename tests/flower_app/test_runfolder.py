@@ -130,6 +130,11 @@ def test_resume_lets_change_what_decides_no_bytes_and_writes_it_down(tmp_path: P
     assert stored["run"]["rounds"] == 9 and stored["run"]["name"] == "other"
 
 
+def test_what_a_round_without_enough_sites_says_to_lower_can_be_lowered(tmp_path: Path) -> None:
+    RunFolder.create(config(tmp_path, strategy__rule="krum", strategy__min_sites=3))
+    resumed(tmp_path, strategy__rule="krum", strategy__min_sites=2, strategy__num_byzantine=0)
+
+
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_more_rounds_change_the_bytes_under_a_schedule(tmp_path: Path, schedule: str) -> None:
     RunFolder.create(config(tmp_path, train__schedule=schedule))

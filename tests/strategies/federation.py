@@ -21,7 +21,10 @@ from strategies.sampling import Selection
 from tests.fakes import Answer, FakeGrid, Field, Site
 
 LAYOUT = Layout(("a", "b", "c"), ((2, 3), (4,), ()))
-START = LAYOUT.unflatten(torch.linspace(-1, 1, LAYOUT.size))
+# The same and a pair of LoRA factors, for rules that know them.
+PAIRED = Layout(
+    (*LAYOUT.names, "m.lora_A.weight", "m.lora_B.weight"), (*LAYOUT.shapes, (2, 5), (6, 2))
+)
 NODES = {"ann": 907, "bob": 13, "eve": 44, "zoe": 5}
 EXAMPLES = {"ann": 120, "bob": 33, "eve": 77, "zoe": 1}
 Spoil = Callable[[Answer], Answer]
@@ -43,7 +46,8 @@ def honest(site: str) -> Site:
             name: torch.randn(tensor.shape, generator=generator) - 0.3 * tensor
             for name, tensor in received.items()
         }
-        report |= {"round": round_, "layout": LAYOUT.digest, "num-examples": EXAMPLES[site]}
+        layout = str(plan["layout"])
+        report |= {"round": round_, "layout": layout, "num-examples": EXAMPLES[site]}
         yield Answer(dict(to_record(delta)), dict(report))  # type: ignore[arg-type]
 
     return answer
@@ -87,6 +91,7 @@ class Bench:
     """Runs the strategy over a grid in a folder of its own."""
 
     folder: Path
+    layout: Layout = LAYOUT
 
     def strategy(
         self,
@@ -98,11 +103,12 @@ class Bench:
         **options: object,
     ) -> ComposedStrategy:
         config = StrategyConfig.model_validate(options)
+        own = torch.linspace(1, -1, self.layout.size)
         names = {node: name for name, node in NODES.items()}
         return ComposedStrategy(
             config,
             registry.build(config),
-            LAYOUT,
+            self.layout,
             seed=3,
             quorum=quorum,
             members=lambda grid, done: {names[node]: node for node in grid.get_node_ids()},
@@ -111,6 +117,7 @@ class Bench:
             listener=log,
             selection=selection,
             exchange=exchange,
+            trusted=(lambda *_: self.layout.unflatten(own)) if config.trusts else None,
         )
 
     def run(
@@ -118,12 +125,20 @@ class Bench:
     ) -> tuple[bytes, Log]:
         log = Log()
         strategy = self.strategy(log, **options)  # type: ignore[arg-type]
-        result = strategy.start(grid, to_record(START), num_rounds=rounds, timeout=timeout)
-        return to_bytes(decode_all(result.arrays)), log
+        started = to_record(start(self.layout))
+        result = strategy.start(grid, started, num_rounds=rounds, timeout=timeout)
+        return to_bytes(decode_all(result.arrays), self.layout), log
 
 
-def to_bytes(payload: Mapping[str, Tensor]) -> bytes:
-    return LAYOUT.flatten(payload).numpy().tobytes()
+def start(layout: Layout) -> dict[str, Tensor]:
+    return layout.unflatten(torch.linspace(-1, 1, layout.size))
+
+
+def to_bytes(payload: Mapping[str, Tensor], layout: Layout = LAYOUT) -> bytes:
+    return layout.flatten(payload).numpy().tobytes()
+
+
+START = start(LAYOUT)
 
 
 def with_arrays(change: Callable[[dict[str, Array]], dict[str, Array]]) -> Spoil:

@@ -12,10 +12,12 @@ import torch
 from flwr.app import Array, Error, Message
 
 from strategies import registry
+from strategies.flower import RoundError
 from strategies.messages import to_record
 from tests.fakes import Answer
 from tests.strategies.federation import (
     NODES,
+    PAIRED,
     Bench,
     Spoil,
     federation,
@@ -51,13 +53,13 @@ MALFORMED: dict[str, tuple[Spoil, str, str]] = {
     "no arrays record": (lambda a: replace(a, arrays=None), "quarantined", "missing-key"),
     "no arrays": (lambda a: replace(a, arrays={}), "quarantined", "missing-key"),
     "missing key": (
-        with_arrays(lambda d: {k: d[k] for k in ("a", "c")}), "quarantined", "missing-key"),
+        with_arrays(lambda d: {k: d[k] for k in d if k != "b"}), "quarantined", "missing-key"),
     "misnamed key": (
-        with_arrays(lambda d: {"a": d["a"], "B": d["b"], "c": d["c"]}), "quarantined",
+        with_arrays(lambda d: {"B" if k == "b" else k: v for k, v in d.items()}), "quarantined",
         "missing-key"),
     "extra key": (with_tensor("d", torch.zeros(1)), "quarantined", "extra-key"),
     "reordered keys": (
-        with_arrays(lambda d: {k: d[k] for k in ("c", "b", "a")}), "quarantined",
+        with_arrays(lambda d: {k: d[k] for k in reversed(d)}), "quarantined",
         "reordered-keys"),
     "transposed": (with_tensor("a", torch.zeros(3, 2)), "quarantined", "wrong-shape"),
     "flattened": (with_tensor("a", torch.zeros(6)), "quarantined", "wrong-shape"),
@@ -126,17 +128,62 @@ def test_a_malformed_reply_is_set_aside_and_the_rest_keep_their_bits(
         assert [(s.status, s.reason) for s in honest_ones] == [("ok", "")] * 3
 
 
-PLAIN_RULES = sorted(name for name in registry.RULES if not name.startswith(("lora-", "fltrust")))
+REPLIES = [spoil for spoil, status, _ in MALFORMED.values() if status == "quarantined"]
+CHAINS = [
+    *({"rule": name} for name in sorted(registry.RULES)),
+    *({"pre": name} for name in sorted(registry.PRE)),
+]
 
 
-@pytest.mark.parametrize("fault", ["NaN", "absurd norm", "huge examples"])
-@pytest.mark.parametrize("rule", PLAIN_RULES)
-def test_every_rule_sees_the_honest_ones_alone(rule: str, fault: str, bench: Bench) -> None:
-    options = {"rule": rule, "num_byzantine": 0, "pre": "nnm"}
-    alone, _ = bench.run(federation("ann", "bob", "zoe"), **options)  # type: ignore[arg-type]
-    grid = federation("ann", "bob", "zoe", eve=spoiling("eve", MALFORMED[fault][0]))
-    got, log = bench.run(grid, **options)  # type: ignore[arg-type]
+def every_fault(question: Message) -> Iterable[Answer]:
+    """Sends one reply of each malformed kind."""
+    for answer in honest("eve")(question):
+        training = question.metadata.message_type == "train"
+        yield from (spoil(answer) for spoil in REPLIES) if training else [answer]
+
+
+@pytest.mark.parametrize("chain", CHAINS, ids=lambda chain: "-".join(map("=".join, chain.items())))
+def test_every_chain_sees_the_honest_ones_alone(chain: dict[str, str], bench: Bench) -> None:
+    bench.layout = PAIRED
+    options = {**chain, "clip_norm": 2.0}
+    # Eve is the one site that may lie, so that once she is caught none of the others does.
+    alone, _ = bench.run(federation("ann", "bob", "zoe"), num_byzantine=0, **options)  # type: ignore[arg-type]
+    grid = federation("ann", "bob", "zoe", eve=every_fault)
+    got, log = bench.run(grid, num_byzantine=1, **options)  # type: ignore[arg-type]
     assert got == alone and log.of("eve").status == "quarantined"
+
+
+def test_only_a_site_that_is_caught_counts_as_one_of_the_liars(bench: Bench) -> None:
+    def run(spoil: Spoil | None, f: int) -> bytes:
+        others = {} if spoil is None else {"eve": spoiling("eve", spoil)}
+        grid = federation("ann", "bob", "zoe", **others)
+        return bench.run(grid, rule="trimmed-mean", num_byzantine=f)[0]
+
+    caught, failed = (MALFORMED[fault][0] for fault in ("NaN", "raised"))
+    assert run(None, 1) != run(None, 0)
+    assert run(caught, 1) == run(None, 0) and run(failed, 1) == run(None, 1)
+    assert run(caught, 2) == run(None, 1)
+
+
+def test_a_round_with_too_few_updates_for_its_rule_says_who_is_missing_and_how_to_go_on(
+    bench: Bench,
+) -> None:
+    grid = federation("ann", "bob", zoe=spoiling("zoe", MALFORMED["raised"][0]))
+    wanted = (
+        r"^Expected updates that trimmed-mean\+none can aggregate in round 1, but: Expected "
+        r"strategy.num-byzantine=1 to be at most 0 \(n=2 needs n ≥ 2f\+1\); lower it or add "
+        r"sites\. Not among them: zoe: out of memory\. "
+        r"Finished rounds are safe: .*run.resume='latest'"
+    )
+    with pytest.raises(RoundError, match=wanted):
+        bench.run(grid, rule="trimmed-mean", num_byzantine=1)
+    # Of three liars one is out: with two updates left none of the others may lie.
+    grid = federation("ann", "bob", eve=spoiling("eve", MALFORMED["NaN"][0]))
+    wanted = (
+        r"num-byzantine=3 to be at most 1 \(n=2 .*, where 1 of the f are quarantined\).*eve: not"
+    )
+    with pytest.raises(RoundError, match=wanted):
+        bench.run(grid, rule="median", pre="nnm", num_byzantine=3)
 
 
 def test_an_honest_fourth_site_does_change_the_result(bench: Bench) -> None:

@@ -88,7 +88,7 @@ class Federation:
             {site: row_D for site, (row_D, _) in admitted.items()},
             {site: float(count) for site, (_, count) in admitted.items()},
         )
-        cohort = replace(cohort, trusted_D=trusted_D)
+        cohort = replace(cohort, trusted_D=trusted_D, caught=len(rows) - len(admitted))
         generator = torch.Generator().manual_seed(derive(self.cell.seed, "chain", number))
         delta, self.state = self.chain.apply(self.state, cohort, generator)
         self.payload_D = self.payload_D + delta.vector_D
