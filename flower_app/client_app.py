@@ -143,13 +143,14 @@ def on_roll_call(
     question = _plan(message, "question")
     left = range(int(str(question.get("done", 0))) + 1, config.run.rounds + 1)
     account = SiteAccount(config, node, question, site=site.name, rows=site.rows, base=base.digest)
-    releasing = planned(config, site.rows, left, len(site.batches))
+    releasing = planned(config, site.rows, left, len(site.batches), site.candidates)
     account.planned(releasing, rounds=len(left))
     member = ConfigRecord(
         {
             "site": site.name,
             "rows": site.rows,
             "held-out": site.held_out_rows,
+            "candidates": site.candidates,
             "base": base.digest,
             "simulated": node.simulated,
             "partitions": node.num_partitions,
@@ -174,7 +175,7 @@ def on_train(message: Message, config: Config, node: NodeConfig, state: RecordDi
     layout = compose.travelling(config, payload)
     hidden = secure.outgoing(config, node, message, layout, site)
     account = SiteAccount(config, node, plan, site=site.name, rows=site.rows, base=base.digest)
-    account.charge(releases(config, site.rows, [round_], len(site.batches)))
+    account.charge(releases(config, site.rows, [round_], len(site.batches), site.candidates))
     loaded = time.perf_counter()
     source = compose.noise_source(config, "split", site.name, round_, "training")
     with across.connected(config, payload, plan, state, source) as stream:
@@ -212,7 +213,9 @@ def on_train(message: Message, config: Config, node: NodeConfig, state: RecordDi
             "useful_tokens": outcome.useful_tokens,
         }
     streamed = across.carried(stream) - sent
-    report |= across.traffic(stream, streamed, outcome.tokens, len(site.batches))
+    report |= across.traffic(
+        stream, streamed, outcome.tokens, batches=len(site.batches), candidates=site.candidates
+    )
     report |= {"rank": work.rank} if work.rank < config.payload.rank else {}
     report |= score_fields("before", before) | score_fields("after", after)
     report |= score_fields("backdoor", backdoor) if backdoor.rows else {}
@@ -235,7 +238,7 @@ def on_evaluate(
     work = SiteRound(config, node, payload, site, received, plan, done)
     account = SiteAccount(config, node, plan, site=site.name, rows=site.rows, base=base.digest)
     account.admit()
-    if releasing := evaluations(config, done):
+    if releasing := evaluations(config, done, site.candidates):
         account.charge(releasing)
     source = compose.noise_source(config, "split", site.name, done, "evaluation")
     with across.connected(config, payload, plan, state, source):

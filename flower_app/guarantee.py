@@ -27,20 +27,22 @@ def guarantee(
     metrics: Iterable[Mapping[str, Any]],
     rows: Mapping[str, int],
     released: Sequence[Event],
+    candidates: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """The epsilon of a run for `summary.json`; only the unit, `none`, without privacy.
 
     With `split.noise` that of one position is beside it, as `stream`.
 
     `metrics` are the rows of metrics.jsonl, which tell the rounds that each site was asked in,
-    `rows` the rows of each site, `released` the server's own events. Sites' epsilons are what the
+    `rows` the rows of each site, `candidates` the most answers that one of its held-out rows has to
+    choose from, `released` the server's own events. Sites' epsilons are what the
     configuration leads to: a site's ledger also counts what it trained twice. The largest of them
     is the run's.
     """
     unit = unit_of(config)
     if unit is None:
         return {"unit": "none"}
-    told = _told(config, unit, metrics, rows, released)
+    told = _told(config, unit, metrics, rows, released, candidates or {})
     return {"unit": "none", "stream": told} if unit == "position" else told
 
 
@@ -50,9 +52,10 @@ def _told(
     metrics: Iterable[Mapping[str, Any]],
     rows: Mapping[str, int],
     released: Sequence[Event],
+    candidates: Mapping[str, int],
 ) -> dict[str, Any]:
     """The statement of the worst site, or of the server, as plain values."""
-    sites = {} if released else _of_sites(config, unit, metrics, rows)
+    sites = {} if released else _of_sites(config, unit, metrics, rows, candidates)
     if released:
         worst = state(released, unit, config.privacy.delta)
     else:
@@ -75,7 +78,11 @@ def _told(
 
 
 def _of_sites(
-    config: Config, unit: Unit, metrics: Iterable[Mapping[str, Any]], rows: Mapping[str, int]
+    config: Config,
+    unit: Unit,
+    metrics: Iterable[Mapping[str, Any]],
+    rows: Mapping[str, int],
+    candidates: Mapping[str, int],
 ) -> dict[str, Statement]:
     """The statement of each site that was asked to train; equal sites are accounted once."""
     asked: dict[str, set[int]] = defaultdict(set)
@@ -85,20 +92,21 @@ def _of_sites(
             asked[str(row["site"])].add(int(row["round"]))
             if isinstance(row.get("examples"), int):
                 rows = {**rows, str(row["site"]): row["examples"]}
+            if isinstance(row.get("candidates"), int):
+                candidates = {**candidates, str(row["site"]): row["candidates"]}
             if isinstance(row.get("batches"), int) and row["batches"] > 0:
                 batches[str(row["site"])] = row["batches"]
-    ends = evaluations(config, config.run.rounds)
-    ends += evaluations(config, 0) if config.strategy.fraction < 1 else []
+    asked_alone = (config.run.rounds, *([0] if config.strategy.fraction < 1 else []))
     split = "held out of the same rows" if parts_apart(config) else ""
     known: dict[frozenset[tuple[Event, int]], Statement] = {}
     found = {}
     for site, rounds in sorted(asked.items()):
         if site not in rows:
             continue
-        events = [
-            replace(event, split=split, round=0)
-            for event in [*releases(config, rows[site], rounds, batches.get(site, 0)), *ends]
-        ]
+        most = candidates.get(site, 0)
+        training = releases(config, rows[site], rounds, batches.get(site, 0), most)
+        ends = [event for at in asked_alone for event in evaluations(config, at, most)]
+        events = [replace(event, split=split, round=0) for event in [*training, *ends]]
         alike = frozenset(Counter(events).items())
         if alike not in known:
             known[alike] = state(events, unit, config.privacy.delta)

@@ -21,7 +21,7 @@ from strategies.messages import Scalar, SiteOutcome
 
 _NUMBERS = ("train_loss", "load_s", "train_s", "eval_s", "stream_bytes_per_token")
 _COUNTS = ("examples", "steps", "tokens", "useful_tokens", "base_reads", "rank", "batches",
-           "stream_bytes_up", "stream_bytes_down")  # fmt: skip
+           "candidates", "stream_bytes_up", "stream_bytes_down")  # fmt: skip
 _LARGEST = 1e15  # no honest sum of losses, count or time of a round comes near it
 
 

@@ -43,13 +43,17 @@ def unit_of(config: Config) -> Unit | None:
     return None if config.privacy.unit == "none" else config.privacy.unit
 
 
-def releases(config: Config, rows: int, rounds: Iterable[int], batches: int = 0) -> list[Event]:
+def releases(
+    config: Config, rows: int, rounds: Iterable[int], batches: int = 0, candidates: int = 0
+) -> list[Event]:
     """What a site with `rows` records releases in training in `rounds`; nothing without noise.
 
-    `batches` are the micro-batches of an epoch, 0 where they are not known.
+    `batches` are the micro-batches of an epoch, 0 where they are not known, `candidates` the most
+    answers that a held-out row has to choose from.
     """
     if config.split.noise:
-        return [event for at in rounds for event in _streamed(config, rows, at, batches)]
+        told = (_streamed(config, rows, at, batches, candidates) for at in rounds)
+        return [event for events in told for event in events]
     if config.privacy.unit == "client":
         return clientlevel.site_events(config, rounds)
     if config.privacy.unit != "record":
@@ -63,16 +67,19 @@ def releases(config: Config, rows: int, rounds: Iterable[int], batches: int = 0)
     return found
 
 
-def evaluations(config: Config, round_: int) -> list[Event]:
+def evaluations(config: Config, round_: int, candidates: int = 0) -> list[Event]:
     """What a site releases when it is asked for the score of the payload after a round."""
-    return [*_scored(config, round_, 1), *_scoring(config, round_)]
+    return [*_scored(config, round_, 1), *_scoring(config, round_, candidates)]
 
 
-def planned(config: Config, rows: int, rounds: Sequence[int], batches: int = 0) -> list[Event]:
+def planned(
+    config: Config, rows: int, rounds: Sequence[int], batches: int = 0, candidates: int = 0
+) -> list[Event]:
     """All that a site with `rows` records is to release in the rounds still to come."""
-    first = evaluations(config, 0) if config.strategy.fraction < 1 and 1 in rounds else []
-    training = releases(config, rows, rounds, batches)
-    return [*first, *training, *evaluations(config, config.run.rounds)]
+    early = config.strategy.fraction < 1 and 1 in rounds
+    first = evaluations(config, 0, candidates) if early else []
+    training = releases(config, rows, rounds, batches, candidates)
+    return [*first, *training, *evaluations(config, config.run.rounds, candidates)]
 
 
 def passes(config: Config, rows: int, round_: int, batches: int = 0) -> int:
@@ -91,19 +98,19 @@ def passes(config: Config, rows: int, round_: int, batches: int = 0) -> int:
     return 2 + max(0, math.floor(reach / least))
 
 
-def _streamed(config: Config, rows: int, round_: int, batches: int) -> list[Event]:
+def _streamed(config: Config, rows: int, round_: int, batches: int, candidates: int) -> list[Event]:
     """The vectors of one position on the stream: a hidden state and a gradient in every pass."""
     count = 2 * passes(config, rows, round_, batches)
-    scored = _scoring(config, round_) if config.train.scores_in(round_) else []
+    scored = _scoring(config, round_, candidates) if config.train.scores_in(round_) else []
     return [_vectors(config, round_, count, "training"), *scored]
 
 
-def _scoring(config: Config, round_: int) -> list[Event]:
+def _scoring(config: Config, round_: int, candidates: int) -> list[Event]:
     """The hidden states of one held-out position when rows are scored once."""
     if not config.split.noise:
         return []
-    # The right one of several answers is also scored among them all, a row also with a trigger.
-    count = 1 + (config.data.format == "choice") + (config.attack.name != "none")
+    # A prompt leaves with its right answer, then with each one; a row also with a trigger.
+    count = 1 + candidates + (config.attack.name != "none")
     return [_vectors(config, round_, count, "held-out")]
 
 

@@ -30,7 +30,10 @@ class Refused:
 
 @dataclass(frozen=True)
 class Member:
-    """A site as it presented itself; `rows` and `held_out` count examples."""
+    """A site as it presented itself; `rows` and `held_out` count examples.
+
+    `candidates` are the most answers that a held-out row has to choose from.
+    """
 
     site: str
     node_id: int
@@ -39,6 +42,7 @@ class Member:
     simulated: bool
     partitions: int
     versions: str
+    candidates: int = 0
 
 
 class _Answer(BaseModel):
@@ -52,6 +56,7 @@ class _Answer(BaseModel):
     simulated: bool
     partitions: int = Field(ge=0)
     versions: str = Field(max_length=_LONGEST)
+    candidates: int = Field(default=0, ge=0)
 
 
 class Roster:
@@ -197,7 +202,7 @@ class Roster:
             )
         return Member(
             answer.site, _source(reply), answer.rows, answer.held_out, answer.simulated,
-            answer.partitions, answer.versions,
+            answer.partitions, answer.versions, answer.candidates,
         )  # fmt: skip
 
 

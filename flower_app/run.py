@@ -281,7 +281,8 @@ def _guarantee(
 ) -> dict[str, Any]:
     released = ServerAccount(config, facts["run"]).events() if config.privacy.on else []
     rows = {member.site: member.rows for member in members.values()}
-    return guarantee(config, folder.rows(), rows, released)
+    candidates = {member.site: member.candidates for member in members.values()}
+    return guarantee(config, folder.rows(), rows, released, candidates)
 
 
 def _finish(

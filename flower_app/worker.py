@@ -50,6 +50,11 @@ class Site:
     triggered: tuple[Batch, ...] = ()
     held_out_by_record: tuple[range, ...] = ()
 
+    @property
+    def candidates(self) -> int:
+        """The most answers that a held-out row has to choose from, 0 where none has any."""
+        return max((len(row.candidates) for row in self.ranked), default=0)
+
 
 @dataclass
 class Worker:

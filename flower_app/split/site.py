@@ -117,10 +117,13 @@ def carried(link: FrameLink | None) -> int:
     return link.bytes_up + link.bytes_down if link else 0
 
 
-def traffic(link: FrameLink | None, training: int, tokens: int, batches: int) -> dict[str, Scalar]:
+def traffic(
+    link: FrameLink | None, training: int, tokens: int, *, batches: int, candidates: int
+) -> dict[str, Scalar]:
     """What a stream carried, as fields of a report; `training` bytes of it for so many tokens.
 
-    `batches` are those of an epoch, from which it follows how often a row was read.
+    `batches` are those of an epoch, `candidates` the most answers of a held-out row, from which it
+    follows how often a row was read.
     """
     if link is None:
         return {}
@@ -129,4 +132,5 @@ def traffic(link: FrameLink | None, training: int, tokens: int, batches: int) ->
         "stream_bytes_down": link.bytes_down,
         "stream_bytes_per_token": training / max(tokens, 1),
         "batches": batches,
+        "candidates": candidates,
     }

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from flower_app.account import SiteAccount
 from flower_app.config import defaults, parse
+from flower_app.guarantee import guarantee
 from flower_app.ledger import main
 from flower_app.node import parse_node
 from flower_app.releases import passes, releases
@@ -36,7 +37,7 @@ from privacy.ledger import Ledger
 from privacy.policy import PolicyError
 from privacy.statement import state
 from privacy.tokens import epsilon_of_vectors
-from tests.flower_app.nodes import NAMES, Nodes
+from tests.flower_app.nodes import NAMES, WORDS, Nodes, site_rows, write_rows
 from tests.flower_app.runs import bytes_below, deploy, rows, simulate
 
 NOISY: dict[str, Any] = {
@@ -176,6 +177,40 @@ def _check_statement(folder: Path, ledgers: dict[str, list[Event]]) -> dict[str,
     assert "per position of the streams; none for records" in in_a_few_words(summary)
     assert all(row["batches"] > 0 for row in rows(folder, "site"))
     return told
+
+
+@pytest.mark.parametrize("answers", [2, 5])
+def test_every_answer_that_a_row_is_scored_with_is_charged(
+    nodes: Nodes, sent: list[Message], answers: int
+) -> None:
+    offered = [" ".join(WORDS[:count]) for count in range(1, answers + 1)]
+    written = [
+        {"site": name, "instruction": row["text"], "choices": offered, "label": 0}
+        for name in NAMES for row in site_rows(name, 12)
+    ]  # fmt: skip
+    keys: dict[str, Any] = SEEDED | {
+        "data__format": "choice", "data__source": write_rows(nodes.folder / "choice.jsonl", written)
+    }  # fmt: skip
+    folder, _ = simulate(nodes, "choice", keys)
+    config, worker = parse(nodes.flat(**keys)), Worker()
+    charged = 0
+    for at, path in enumerate(sorted((folder / "sites").glob("*/ledger.jsonl"))):
+        counts = [
+            e.count for e in Ledger(path).events() if e.part == "held-out" and e.unit != "record"
+        ]
+        assert counts == [1 + answers] * 3
+        held_out = worker.site(config, parse_node(nodes.simulated(at))).held_out_rows
+        charged += sum(counts) * held_out
+    left = sum(len(m.values) for m in sent if m.kind is Kind.SCORE and m.values is not None)
+    assert left == charged > 0
+    assert {row["candidates"] for row in rows(folder, "site")} == {answers}
+    # The server says what the ledgers say, of a site too that it never heard of again.
+    silent = [{"kind": "site", "site": "east", "round": at, "status": "missing"} for at in (1, 2)]
+    told, more = (
+        guarantee(config, silent, {"east": 8}, [], {"east": most})["stream"]["epsilon"]
+        for most in (answers, 100)
+    )
+    assert told < more
 
 
 def test_deployed_sites_draw_noise_that_does_not_repeat(nodes: Nodes, sent: list[Message]) -> None:
