@@ -59,9 +59,8 @@ def run(grid: Grid, config: Config) -> RunFolder:
     roster = Roster(base.digest, config.run.roll_call_s, facts.get("run", ""))
     done = checkpoint.round if checkpoint else 0
     members = roster.assemble(grid, config.strategy.min_sites, config.run.deadline_s, done)
-    _check_mode(config, members)
-    compose.check_sites(config, members)
-    compose.check_noise(config, compose.travelling(config, payload), members)
+    _check_members(config, payload, members)
+    facts |= _simulated(members, checkpoint)
     log(INFO, "Sites: %s", ", ".join(f"{m.site} ({m.rows} rows)" for m in members.values()))
     folder.rewind(config, checkpoint)
     earlier_s = sum(row["wall_s"] for row in folder.rows() if row["kind"] == "round")
@@ -115,8 +114,8 @@ def _open(config: Config) -> tuple[RunFolder, Checkpoint | None]:
 def _check_extras(config: Config) -> None:
     if config.run.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise ConfigError(
-            "Expected the tensorboard package with run.tensorboard=true, got none; install "
-            "florilegium[tensorboard] or set it to false."
+            "Expected the tensorboard package with run.tensorboard=true, got none; run "
+            "./scripts/setup tensorboard, or set it to false."
         )
     if config.secure.aggregation == "ckks":
         tenseal()
@@ -136,8 +135,10 @@ def _facts(
 
 
 def _check_facts(checkpoint: Checkpoint | None, facts: Mapping[str, str]) -> None:
-    # What `auto` measured is taken over, and cannot be another.
-    known = {k: v for k, v in checkpoint.facts.items() if k != "schedule"} if checkpoint else {}
+    # What `auto` measured is taken over, and cannot be another; how many sites there are is not
+    # known yet.
+    later = ("schedule", "partitions")
+    known = {k: v for k, v in checkpoint.facts.items() if k not in later} if checkpoint else {}
     if checkpoint and known != facts:
         raise ConfigError(
             f"Expected the base model and layout of the run to resume ({checkpoint.facts}), got "
@@ -145,9 +146,29 @@ def _check_facts(checkpoint: Checkpoint | None, facts: Mapping[str, str]) -> Non
         )
 
 
+def _simulated(members: Mapping[str, Member], checkpoint: Checkpoint | None) -> dict[str, str]:
+    """How many sites a simulation has, as a fact; raises ConfigError where it had others."""
+    count = str(max(member.partitions for member in members.values()))
+    before = checkpoint.facts.get("partitions", count) if checkpoint else count
+    if before != count:
+        # With another number every site has other rows: those of one would be trained at another.
+        raise ConfigError(
+            f"Expected {before} simulated sites, as the run to resume had, got {count}; set "
+            f"num-supernodes={before} in --federation-config (the quickstart: --sites {before}), "
+            "or leave run.resume empty to start anew."
+        )
+    return {"partitions": count} if count != "0" else {}
+
+
 def _mode(members: Mapping[str, Member]) -> str:
     simulated = all(member.simulated for member in members.values())
     return "simulation" if simulated else "deployment"
+
+
+def _check_members(config: Config, payload: Payload, members: Mapping[str, Member]) -> None:
+    _check_mode(config, members)
+    compose.check_sites(config, members)
+    compose.check_noise(config, compose.travelling(config, payload), members)
 
 
 def _check_mode(config: Config, members: Mapping[str, Member]) -> None:

@@ -223,7 +223,7 @@ def _quantised(quantization: str) -> dict[str, Any]:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(
             f"Expected the bitsandbytes package with model.quantization={quantization!r}, got "
-            "none; install florilegium[quantization], or set it to 'none'."
+            "none; run ./scripts/setup quantization, or set it to 'none'."
         )
     return {
         "device_map": {"": device()},

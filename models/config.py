@@ -32,8 +32,8 @@ class ModelConfig(Section):
     )
     quantization: Literal["none", "int8", "int4"] = Field(
         "none",
-        description="Quantisation of the frozen base model, by bitsandbytes (`pip install "
-        "florilegium[quantization]`); fast on a GPU, possible without.",
+        description="Quantisation of the frozen base model, by bitsandbytes (`./scripts/setup "
+        "quantization`); fast on a GPU, possible without.",
     )
     gradient_checkpointing: bool = Field(
         False, description="Recompute activations in the backward pass: less memory, more time."

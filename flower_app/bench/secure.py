@@ -131,7 +131,7 @@ def measure(quick: bool) -> Outcome:
         records.append({"bits": bits, **_round(sites, size, bits, rate)})
     text, found = _text(records, sites, size, rate), list(records)
     if importlib.util.find_spec("tenseal") is None:
-        return Outcome(f"{text}\n\nWithout CKKS, since florilegium[ckks] is not installed.", found)
+        return Outcome(f"{text}\n\nWithout CKKS, for want of ./scripts/setup ckks.", found)
     for bits in (32, 16):
         say(f"{sites} sites, {size:,} numbers of {bits} bits in ciphertexts ...")
         found.append({"bits": bits, **encrypted.measured(terms(sites, size, bits), REACH)})

@@ -92,8 +92,8 @@ def tenseal() -> Any:
     """The library; raises ConfigError where it is not installed."""
     if importlib.util.find_spec("tenseal") is None:
         raise ConfigError(
-            "Expected the tenseal package with secure.aggregation='ckks', got none; install "
-            "florilegium[ckks], or set secure.aggregation='masks'."
+            "Expected the tenseal package with secure.aggregation='ckks', got none; run "
+            "./scripts/setup ckks, or set secure.aggregation='masks'."
         )
     import tenseal as library
 

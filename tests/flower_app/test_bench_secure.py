@@ -29,7 +29,7 @@ def test_a_wrong_sum_is_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("bits", "numbers"), [(32, 1), (16, 2)])
 def test_bytes_in_ciphertexts_are_those_of_the_wire(bits: int, numbers: int) -> None:
-    pytest.importorskip("tenseal", reason="florilegium[ckks] is not installed")
+    pytest.importorskip("tenseal", reason="needs ./scripts/setup ckks")
     size = 20_000
     record = encrypted.measured(secure.terms(7, size, bits), secure.REACH)
     ciphertexts = -(-(size / numbers) // 4096) * 4096 * 32

@@ -17,7 +17,7 @@ from tests.flower_app.nodes import NAMES, Nodes
 from tests.flower_app.runs import bytes_below, deploy, run, simulate
 from tests.flower_app.test_secure_runs import LOW, assert_close
 
-pytest.importorskip("tenseal", reason="florilegium[ckks] is not installed")
+pytest.importorskip("tenseal", reason="needs ./scripts/setup ckks")
 
 CKKS: dict[str, Any] = {"secure__aggregation": "ckks"}
 

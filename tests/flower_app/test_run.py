@@ -17,6 +17,8 @@ from models.base import digest_of
 from models.section import ConfigError
 from strategies.flower import RoundError
 from tests.fakes import Answer, FakeGrid, Field, Site, at_the_server
+from tests.flower_app.nodes import Nodes
+from tests.flower_app.runs import run, simulate
 from tests.serverpaths import unnamed
 
 
@@ -59,6 +61,18 @@ def test_a_run_without_quorum_still_has_a_report(
         server.run(grid, config(model, tmp_path))
     assert (tmp_path / "latest" / "report.html").is_file()
     assert not (tmp_path / "latest" / "adapter").exists()
+
+
+def test_a_simulation_goes_on_with_as_many_sites_only(nodes: Nodes) -> None:
+    """With another number each would get other rows."""
+    first, _ = simulate(nodes, "a", run__rounds=1)
+    keys = {"run__output_dir": str(first.parent), "run__resume": "latest", "run__rounds": 2}
+    two = nodes.grid(*(nodes.simulated(at, of=2) for at in range(2)), **keys)
+    with pytest.raises(ConfigError, match=r"3 simulated sites, .* got 2; set num-supernodes=3 in"):
+        run(nodes, two, **keys)
+    again, _ = simulate(nodes, "a", run__resume="latest", run__rounds=2)
+    assert again == first
+    assert [row["round"] for row in latest(first.parent) if row["kind"] == "round"] == [1, 2]
 
 
 @pytest.mark.usefixtures("reports")

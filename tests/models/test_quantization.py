@@ -47,7 +47,7 @@ def wide(
 
 @pytest.mark.parametrize(("quantization", "bits"), [("int8", 8), ("int4", 4)])
 def test_lora_trains_on_quantised_weights(wide: Path, quantization: str, bits: int) -> None:
-    pytest.importorskip("bitsandbytes", reason="an extra: florilegium[quantization]")
+    pytest.importorskip("bitsandbytes", reason="needs ./scripts/setup quantization")
     plain = load(settings(wide, "none"))
     base = load(settings(wide, quantization))
     assert base.digest == plain.digest  # that of the files
@@ -91,5 +91,5 @@ def test_without_the_package_the_error_says_how_to_get_it(
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find(name)
     )
-    with pytest.raises(ConfigError, match=r"bitsandbytes .*'int4', got none; install florilegium"):
+    with pytest.raises(ConfigError, match=r"bitsandbytes .*'int4', got none; run \./scripts/setup"):
         load(settings(tiny_models["llama"], "int4"))

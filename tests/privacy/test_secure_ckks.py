@@ -27,7 +27,7 @@ from strategies.exchange import Parcel, Sent
 from strategies.gate import Refusal, Reply
 from tests.privacy.secure_groups import NAMES, terms, update
 
-pytest.importorskip("tenseal", reason="florilegium[ckks] is not installed")
+pytest.importorskip("tenseal", reason="needs ./scripts/setup ckks")
 
 LAYOUT = Layout(("weight",), ((5,),))
 SENT = Sent({"weight": torch.arange(5.0)}, {})
@@ -278,5 +278,5 @@ def test_files_that_are_no_keys_are_refused(tmp_path: Path) -> None:
 
 def test_without_the_package_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ckks_keys.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"tenseal package .* install florilegium\[ckks\]"):
+    with pytest.raises(ConfigError, match=r"tenseal package .* run \./scripts/setup ckks"):
         ckks_keys.tenseal()
