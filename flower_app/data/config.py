@@ -15,13 +15,15 @@ class DataConfig(Section):
     source: str = Field(
         "embedded",
         description="`embedded`, a hub data set id, or a json, jsonl, csv, parquet or text file "
-        "(also gzipped) or a folder of such files. Sites with `data-path` in their node config "
-        "ignore it.",
+        "(also gzipped) or a folder of such files. Each line of a text file is a row of its own: "
+        "write notes of several lines as jsonl or parquet. Sites with `data-path` in their node "
+        "config ignore it.",
     )
     split: str = Field(
         "train",
         min_length=1,
-        description="Split to take of a hub data set, or of a folder with files named by split.",
+        description="Split to take of a hub data set, or of a folder with files named by split "
+        "(all of them or none).",
     )
     eval_source: str = Field(
         "",

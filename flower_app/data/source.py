@@ -32,9 +32,10 @@ def load_rows(source: str, split: str = "train") -> Dataset:
 
     Files are json, jsonl, csv, parquet or text (a row per line that is not blank, column `text`),
     gzipped or not. Of a folder whose files are named by split (`train.jsonl`, `test.csv`), those of
-    `split` are taken, else all. A hub data set may name its subset as `owner/name:subset`. Local
-    files are read straight into memory, so no copy of a site's rows stays behind in a cache.
-    Raises DataError on a missing path, a file that cannot be read, or no rows.
+    `split` are taken, of one where none is, all. A hub data set may name its subset as
+    `owner/name:subset`. Local files are read straight into memory, so no copy of a site's rows
+    stays behind in a cache.
+    Raises DataError on a missing path, a file that cannot be read or is of no split, or no rows.
     """
     if source == "embedded":
         # Imported here, since building the rows reads a good part of the standard library.
@@ -105,6 +106,7 @@ def _read_folder(folder: Path, split: str) -> Dataset:
         )
     of_split = {path: found for path in files if (found := _split_of(path)) is not None}
     if of_split:
+        _check_all_named(folder, files, of_split)
         files = [path for path, found in of_split.items() if found == split]
     if not files:
         raise DataError(
@@ -126,6 +128,19 @@ def _read_folder(folder: Path, split: str) -> Dataset:
             f"Expected the same types in every file of {folder}: {error}; cells of csv files are "
             "texts, so write texts in the others too, or name the file to take."
         ) from error
+
+
+def _check_all_named(folder: Path, files: Sequence[Path], named: Mapping[Path, str]) -> None:
+    """Refuse files beside those of a split, which nobody would notice to be missing."""
+    others = [str(path.relative_to(folder)) for path in files if path not in named]
+    if others:
+        listed = ", ".join(others[:10]) + (f" and {len(others) - 10} more" if others[10:] else "")
+        split_file = next(iter(named)).relative_to(folder)
+        raise DataError(
+            f"Expected all files or none in the folder {folder} to be named by split "
+            f"({', '.join(SPLITS)}), as {split_file} is, got also {listed}; rename or move these, "
+            "or name the file to take."
+        )
 
 
 def _split_of(path: Path) -> str | None:

@@ -91,6 +91,20 @@ def test_folder_takes_the_files_of_the_split_or_all(tmp_path: Path) -> None:
     assert load_rows(str(other))["text"][:] == ["a", "b"]
 
 
+def test_files_beside_those_of_a_split_are_not_left_out_in_silence(tmp_path: Path) -> None:
+    written(tmp_path, "train.jsonl", '{"text": "t"}')
+    for name in ("notes.jsonl", "more/trainees.jsonl"):
+        written(tmp_path, name, '{"text": "n"}')
+    with pytest.raises(
+        DataError, match=r"as train\.jsonl is, got also more/trainees.*notes\.jsonl;"
+    ):
+        load_rows(str(tmp_path))
+    for at in range(12):
+        written(tmp_path, f"note-{at:02d}.txt", "n")
+    with pytest.raises(DataError, match=r"note-08\.txt and 4 more; rename"):
+        load_rows(str(tmp_path))
+
+
 def test_folder_with_different_columns_or_types_is_refused(tmp_path: Path) -> None:
     written(tmp_path, "a.jsonl", '{"text": "a"}')
     written(tmp_path, "b.jsonl", '{"body": "b"}')
