@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,11 @@ from flower_app import compose
 from flower_app.config import Config
 from models.base import PATHLIKE
 from models.paths import located
+
+_EMBEDDED = """
+The folder of the base model, `embedded-*`, lies in `$FLORILEGIUM_CACHE`, else below `florilegium`
+in `$XDG_CACHE_HOME` or `~/.cache`, of the machine that trained.
+"""
 
 
 def _warning(config: Config) -> str:
@@ -25,11 +31,6 @@ def model_card(config: Config, facts: Mapping[str, Any]) -> str:
     named = config.model.name
     base = located(named).name if named.startswith(PATHLIKE) else named
     library = "transformers" if config.payload.kind == "full" else "peft"
-    use = (
-        "AutoModel.from_pretrained('adapter')"
-        if config.payload.kind == "full"
-        else "PeftModel.from_pretrained(base_model, 'adapter')"
-    )
     sites = ", ".join(str(site) for site in facts["sites"])
     return f"""---
 library_name: {library}
@@ -52,10 +53,34 @@ A `{config.payload.kind}` payload for `{base}` ({config.model.task}), trained wi
 | Base model digest | `{facts["base"]}` |
 | Seed | {config.run.seed} |
 
-{_warning(config)}Load it with `{use}`. Numbers and plots are in the run's `report.html`.
+{_warning(config)}{_use(config, base, facts["classes"])}
+Numbers and plots are in the run's `report.html`.
 {_personal(config)}
 {_privacy(facts["privacy"])}
 """
+
+
+def _use(config: Config, base: str, classes: int) -> str:
+    """How to load it, with the head of its task."""
+    causal = config.model.task == "causal-lm"
+    kind = "AutoModelForCausalLM" if causal else "AutoModelForSequenceClassification"
+    if config.payload.kind == "full":
+        return f"""```python
+from transformers import {kind}
+
+model = {kind}.from_pretrained("adapter")
+```
+"""
+    found = json.dumps(base, ensure_ascii=False)
+    more = "" if causal else f", num_labels={classes}"
+    return f"""```python
+from peft import PeftModel
+from transformers import {kind}
+
+base_model = {kind}.from_pretrained({found}{more})  # name, or folder
+model = PeftModel.from_pretrained(base_model, "adapter")
+```
+{_EMBEDDED if base == "embedded" else ""}"""
 
 
 def _secure(config: Config) -> str:

@@ -84,6 +84,7 @@ def run(grid: Grid, config: Config) -> RunFolder:
         "sites": list(members),
         "trainable_parameters": payload.layout.size + payload.personal_layout.size,
         "personal_parameters": payload.personal_layout.size,
+        "classes": compose.num_classes(base),
         **facts,
     }
     try:

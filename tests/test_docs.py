@@ -21,6 +21,7 @@ import yaml
 from flwr.cli.run.run import _parse_federation_config_overrides
 from flwr.cli.typing import SuperLinkConnection
 from flwr.common.config import parse_config_args
+from transformers import LlamaForCausalLM
 
 from flower_app.bench.results import STUDIES
 from flower_app.compose import check_names, check_sites, malicious
@@ -28,6 +29,8 @@ from flower_app.config import Value, known_keys, parse, sections
 from flower_app.data.config import DataConfig
 from flower_app.data.site import load_site
 from flower_app.node import parse_node
+from models.config import PayloadConfig
+from models.payload import attach
 from models.section import ConfigError
 from models.text import Choice, Document, Instruct, Labelled
 from strategies import aggregate, registry
@@ -180,14 +183,19 @@ def test_a_federation_config_that_flower_refuses_does_not_pass() -> None:
         _parse_federation_config_overrides(["client-resources-num-cpus=0.5"], connection)
 
 
-def test_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_of_the_readme_runs(
+    tmp_path: Path, tiny_models: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
+    trained = LlamaForCausalLM.from_pretrained(tiny_models["llama"])
+    attach(trained, PayloadConfig(kind="lora"), seed=0).save(tmp_path / "runs/latest/adapter")
     snippets = blocks(README, "python")
-    assert len(snippets) >= 3
+    assert len(snippets) >= 4
     rules = []
     for snippet in snippets:
         names: dict[str, object] = {"__name__": "snippet"}
-        exec(compile(snippet, "README.md", "exec", dont_inherit=True), names)
+        code = snippet.replace("/srv/models/base", str(tiny_models["llama"]))
+        exec(compile(code, "README.md", "exec", dont_inherit=True), names)
         rules += [names["vote"]] if "vote" in names else []
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
 

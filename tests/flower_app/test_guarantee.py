@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import html
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from flower_app import compose
 from flower_app.account import ServerAccount
 from flower_app.card import model_card
 from flower_app.config import parse
@@ -120,6 +123,7 @@ def test_seeded_noise_is_told_to_protect_nobody(nodes: Nodes) -> None:
 def card(nodes: Nodes) -> Any:
     def written(told: dict[str, Any], **keys: Any) -> str:
         facts = {"sites": ["a"], "rounds": 2, "trainable_parameters": 5, "base": "c0ffee"}
+        facts["classes"] = 3
         return model_card(parse(nodes.flat(**keys)), facts | {"privacy": told})
 
     return written
@@ -135,6 +139,38 @@ def test_the_model_card_says_what_is_true(nodes: Nodes, card: Any) -> None:
     nothing = of(nodes, [Event("none", "client", noise_at="server")], **DP)
     assert nothing["epsilon"] is None
     assert "it guarantees nothing" in card(nothing)
+
+
+@pytest.mark.parametrize("task", ["causal-lm", "classification"])
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_the_model_loads_as_the_card_says(
+    nodes: Nodes, card: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str, kind: str
+) -> None:
+    """With its trained head: it scores as the module that was saved."""
+    keys: dict[str, Any] = {"payload__kind": kind, "model__task": task}
+    if task == "classification":
+        keys |= {"data__format": "classification", "model__num_labels": 3}
+    trained = compose.attach(config := parse(nodes.flat(**keys)), compose.load_base(config))
+    with torch.no_grad():
+        for parameter in trained.parameters.values():
+            parameter.add_(torch.linspace(-0.1, 0.1, parameter.numel()).view_as(parameter))
+    trained.save(tmp_path / "adapter")
+
+    (code,) = re.findall(r"```python\n(.*?)```", card({"unit": "none"}, **keys), flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / nodes.model.name).symlink_to(nodes.model)  # the card names no path
+    names: dict[str, Any] = {}
+    exec(compile(code, "card", "exec", dont_inherit=True), names)
+    ids = torch.tensor([[5, 9, 33, 7]])
+    with torch.no_grad():
+        expected, loaded = trained.module.eval()(ids).logits, names["model"].eval()(ids).logits
+    assert torch.equal(loaded, expected)
+    assert loaded.shape[-1] == (3 if task == "classification" else 300)
+
+
+def test_the_card_says_where_the_embedded_model_is(card: Any) -> None:
+    assert "`$FLORILEGIUM_CACHE`" in card({"unit": "none"}, model__name="embedded")
+    assert "FLORILEGIUM_CACHE" not in card({"unit": "none"})
 
 
 def test_the_report_and_the_terminal_say_it_too(nodes: Nodes, tmp_path: Path) -> None:
