@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from flower_app.config import Config, defaults
+from flower_app.config import Config, Value, defaults
 from models.paths import located
 from models.section import ConfigError
 
@@ -250,14 +250,24 @@ def _without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def lasting(config: Config) -> dict[str, Value]:
+    """The keys that stay as they are when a run is resumed, dotted, with their values."""
+    free = _FREE_KEYS if config.train.schedule == "constant" else _FREE_KEYS - {"run.rounds"}
+    return {key: value for key, value in config.flat().items() if key not in free}
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Value]) -> dict[str, tuple[Any, Value]]:
+    """What keys were `before`, and are in `now`, where that differs."""
+    # A run of an older version may lack a newer key.
+    stored: dict[str, Any] = {**defaults(), **before}
+    return {k: (stored.get(k), value) for k, value in now.items() if stored.get(k) != value}
+
+
 def _compare(config: Config, before: Mapping[str, Mapping[str, Any]]) -> None:
     stored = {f"{s}.{key}": value for s, keys in before.items() for key, value in keys.items()}
-    stored = defaults() | stored  # a run of an older version may lack a newer key
-    free = _FREE_KEYS if config.train.schedule == "constant" else _FREE_KEYS - {"run.rounds"}
     changed = [
-        f"{key} was {stored.get(key)!r} and is {value!r}"
-        for key, value in config.flat().items()
-        if key not in free and stored.get(key) != value
+        f"{key} was {was!r} and is {value!r}"
+        for key, (was, value) in changes(stored, lasting(config)).items()
     ]
     if changed:
         raise ConfigError(

@@ -13,7 +13,7 @@ from flower_app import ckks, clientlevel, compose
 from flower_app.config import Config
 from flower_app.node import NodeConfig
 from flower_app.rounded import rounded
-from flower_app.sitestate import site_state
+from flower_app.sitestate import site_folder
 from flower_app.worker import Site, Worker
 from models.layout import Layout
 from models.section import ConfigError
@@ -66,7 +66,7 @@ class Keys:
 
 def sessions(node: NodeConfig, plan: Plan, site: str) -> Sessions:
     """Where a site keeps its session in the run of `plan`."""
-    return Sessions(site_state(node, plan, site).folder / "secure")
+    return Sessions(site_folder(node, plan, site) / "secure")
 
 
 def clear(config: Config, node: NodeConfig, plan: Plan, site: str) -> None:
@@ -97,6 +97,7 @@ def outgoing(
     if config.secure.aggregation == "ckks":
         plan, parcel = _record(message, "plan"), dict(config_of(message.content, "parcel").items())
         terms, key = _terms(config, parcel), ckks.key_of(node, plan.get("state"))
+        _check_run(terms, config, node, plan)
         _check_terms(terms, plan, layout)
         weight = compose.weight(config, site.rows)
         return ckks.Encrypting.of(config, key, terms, site.name, parcel, weight)
@@ -121,17 +122,29 @@ class _Step:
     def keys(self, terms: Terms) -> Keys:
         return Keys.of(self.config, self.node, self.name, terms.members)
 
+    def proposed(self) -> Terms:
+        """Terms that this message proposes."""
+        terms = _terms(self.config, self.parcel)
+        _check_run(terms, self.config, self.node, self.plan)
+        return terms
+
+    def taken(self) -> Session:
+        """The session, if it is one of this very run."""
+        session = self.sessions.take()
+        _check_run(session.terms, self.config, self.node, self.plan)
+        return session
+
     def advertise(self) -> Parcel:
         """Step 1."""
         weight = compose.weight(self.config, self.worker.site(self.config, self.node).rows)
-        terms = _terms(self.config, self.parcel)
+        terms = self.proposed()
         session, answer = steps.advertise(terms, self.name, weight, self.keys(terms).own)
         self.sessions.begin(session)
         return answer
 
     def share(self) -> Parcel:
         """Step 2."""
-        session = self.sessions.take()
+        session = self.taken()
         keys = self.keys(session.terms)
         session, answer = steps.share(session, self.parcel, keys.own, keys.pinned)
         self.sessions.keep(session)
@@ -139,30 +152,27 @@ class _Step:
 
     def confirm(self) -> Parcel:
         """Step 4."""
-        session = self.sessions.take()
+        session = self.taken()
         session, answer = steps.confirm(session, self.parcel, self.keys(session.terms).own)
         self.sessions.keep(session)
         return answer
 
     def unmask(self) -> Parcel:
         """Step 5, after which nothing is left here."""
-        session = self.sessions.take()
+        session = self.taken()
         answer = steps.unmask(session, self.parcel, self.keys(session.terms).pinned)
         self.sessions.clear()
         return answer
 
     def name_key(self) -> Parcel:
         """Step 1 under homomorphic encryption."""
-        _terms(self.config, self.parcel)
+        self.proposed()
         weight = compose.weight(self.config, self.worker.site(self.config, self.node).rows)
         return encrypted.advertise(weight, ckks.key_of(self.node, self.plan.get("state")))
 
     def open_sum(self) -> Parcel:
         """Step 3 under homomorphic encryption."""
-        terms, key = (
-            _terms(self.config, self.parcel),
-            ckks.key_of(self.node, self.plan.get("state")),
-        )
+        terms, key = self.proposed(), ckks.key_of(self.node, self.plan.get("state"))
         return encrypted.opened(terms, self.parcel, key, self.config.secure.min_group)
 
 
@@ -217,6 +227,7 @@ class Outgoing:
         place = sessions(node, plan, site.name)
         session = place.take()
         terms = session.terms
+        _check_run(terms, config, node, plan)
         _check_terms(terms, plan, layout)
         return cls(
             config,
@@ -236,6 +247,21 @@ class Outgoing:
         self.sessions.keep(session)
         data = terms.numbers.pack(hidden)
         return pack({MASKED: RawArray("uint8", (len(data),), data)})
+
+
+def _check_run(terms: Terms, config: Config, node: NodeConfig, plan: Plan) -> None:
+    """Refuse terms of a sum that are not those of the run at hand; raises SecureError.
+
+    The server names runs: keys that were made for a run without noise must not open a sum of one
+    that the policy admits, and the ledger is charged for, because of its noise.
+    """
+    wanted = (terms.run if node.simulated else plan.get("run"), config.digest)
+    if (terms.run, terms.settings) != wanted:
+        raise SecureError(
+            "Expected a sum of this very run, with all of its settings, got one of run "
+            f"{terms.run!r:.80} with settings {terms.settings[:12]} instead of "
+            f"{config.digest[:12]}; the server must begin the round again."
+        )
 
 
 def _check_terms(terms: Terms, plan: Plan, layout: Layout) -> None:

@@ -57,7 +57,7 @@ class SiteRound:
         self._start = leading(self._received, self.rank)
         self._steps = 0
         self._done = done
-        self._state = site_state(node, plan, site.name) if compose.keeps(config) else None
+        self._state = site_state(config, node, plan, site.name) if compose.keeps(config) else None
         counted = min(done, int(plan.get("counted", done)))
         self._kept: Groups = self._state.after(counted) if self._state else {}
         self._keeps: Groups = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,8 +12,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from flower_app.config import Config, Value
 from flower_app.node import NodeConfig
-from flower_app.runfolder import replacing
+from flower_app.runfolder import changes, lasting, replacing
 from models.paths import located
 from models.payload import Payload
 from models.section import ConfigError
@@ -30,10 +32,16 @@ class StateError(OSError):
 
 
 class SiteState:
-    """The state of one site in one run: a file for each of the last rounds that it trained in."""
+    """The state of one site in one run: a file for each of the last rounds that it trained in.
 
-    def __init__(self, folder: Path) -> None:
+    It is bound to the run's `settings`, since a server may give two runs one name: what a run
+    without noise left is nothing that one with a guarantee may go on from.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Value]) -> None:
         self.folder = folder
+        self._settings = settings
+        self._bound = folder / "settings.json"
         self._base: int | None = None  # the round that the site goes on from, once that is known
 
     def after(self, round_: int) -> Groups:
@@ -41,10 +49,12 @@ class SiteState:
 
         So a run that is resumed after a round finds what the site had then, even where the site
         has gone on. Raises StateError for a file that cannot be read, and where the state of that
-        time is gone.
+        time is gone, and ConfigError where it is of a run with other settings.
         """
         self._base = round_
         rounds = self._rounds()
+        if rounds:
+            self._check_settings()
         if past := [kept for kept in rounds if kept <= round_]:
             return self._read(past[-1])
         if rounds and self._first(rounds[0]) <= round_:
@@ -68,6 +78,9 @@ class SiteState:
         tensors = {f"{g}/{n}": t.contiguous() for g, own in groups.items() for n, t in own.items()}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            if not self._rounds():
+                with replacing(self._bound) as temporary:
+                    temporary.write_text(json.dumps(dict(self._settings)), encoding="utf-8")
             with replacing(self._path(round_)) as temporary:
                 save_file(tensors, temporary, {"first": str(first)})
         except (OSError, SafetensorError) as error:
@@ -99,8 +112,20 @@ class SiteState:
                 group, _, name = key.partition("/")
                 groups.setdefault(group, {})[name] = tensor
         except (OSError, SafetensorError) as error:
-            raise self._unreadable(round_, error) from error
+            raise self._unreadable(self._path(round_), error) from error
         return groups
+
+    def _check_settings(self) -> None:
+        try:
+            bound = json.loads(self._bound.read_bytes())
+        except (OSError, ValueError) as error:
+            raise self._unreadable(self._bound, error) from error
+        if changed := changes(bound, self._settings):
+            raise ConfigError(
+                "Expected the settings with which this site has trained in a run of that name, but "
+                f"{', '.join(changed)} changed; set them back, or start a new run, which gets a "
+                "name of its own."
+            )
 
     def _first(self, round_: int) -> int:
         """The first round of the run after which the site kept something."""
@@ -108,11 +133,11 @@ class SiteState:
             with safe_open(self._path(round_), "pt") as file:
                 return int(file.metadata()["first"])
         except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
-            raise self._unreadable(round_, error) from error
+            raise self._unreadable(self._path(round_), error) from error
 
-    def _unreadable(self, round_: int, error: Exception) -> StateError:
+    def _unreadable(self, path: Path, error: Exception) -> StateError:
         return StateError(
-            f"Expected a whole file of the site's state, got {str(self._path(round_))!r} "
+            f"Expected a whole file of the site's state, got {str(path)!r} "
             f"({error!r}); bring it back from a copy, or remove {str(self.folder)!r} to let the "
             "site begin again from what the server sends."
         )
@@ -124,11 +149,18 @@ class SiteState:
         )
 
 
-def site_state(node: NodeConfig, plan: Mapping[str, Scalar], site: str) -> SiteState:
-    """State of `site` in the run of `plan`: below state-path, in simulation in the run folder."""
+def site_state(
+    config: Config, node: NodeConfig, plan: Mapping[str, Scalar], site: str
+) -> SiteState:
+    """State of `site` in the run of `plan`, which is one with the settings of `config`."""
+    return SiteState(site_folder(node, plan, site), lasting(config))
+
+
+def site_folder(node: NodeConfig, plan: Mapping[str, Scalar], site: str) -> Path:
+    """Folder of `site` in the run of `plan`: below state-path, in simulation in the run folder."""
     if node.simulated:
-        return SiteState(Path(str(plan["state"])) / file_name(site))
-    return SiteState(located(node.state_path) / file_name(str(plan["run"])) / file_name(site))
+        return Path(str(plan["state"])) / file_name(site)
+    return located(node.state_path) / file_name(str(plan["run"])) / file_name(site)
 
 
 def require_state_path(node: NodeConfig, why: str) -> None:

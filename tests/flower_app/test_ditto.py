@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import shutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -50,6 +51,7 @@ def test_a_large_lambda_stays_at_the_shared_model(nodes: Nodes) -> None:
         keys = {**PLAIN, "train__ditto_lambda": 1 / rate, "train__learning_rate": rate}
         nodes.train(nodes.simulated(1), 1, start, **keys)
         apart.append(distance(personal(nodes, 1, 1), start))
+        shutil.rmtree(nodes.folder / "sites")  # each is a run of its own
     assert apart[0] > apart[1] > apart[2] and apart[2] < 1e-4
 
 

@@ -219,12 +219,54 @@ def test_a_site_sends_nothing_in_the_open(nodes: Nodes) -> None:
     assert report["error"].startswith("Expected a session of secure aggregation at this site")
 
 
-def advertised(nodes: Nodes, node: Mapping[str, Any]) -> dict[str, Any]:
+def advertised(
+    nodes: Nodes, node: Mapping[str, Any], run: str = "a-run", **keys: Any
+) -> dict[str, Any]:
     plan = ConfigRecord({"state": str(nodes.folder / "sites"), "run": "a-run"})
-    terms = {"run": "r", "round": 1, "group": "g", "layout": "l", "size": 3}
+    terms = {"run": run, "round": 1, "group": "g", "layout": "l", "size": 3}
     content = RecordDict({"plan": plan, "parcel": ConfigRecord(terms | {"members": list(NAMES)})})
-    answer = nodes.hand("query.secure_advertise", node, content, **MASKS)
+    answer = nodes.hand("query.secure_advertise", node, content, **MASKS | keys)
     return dict(answer.config_records["answer"])
+
+
+def keyed(nodes: Nodes) -> dict[str, Any]:
+    """A deployed site with keys, which are made here."""
+    folder = nodes.folder / "keys"
+    write_keys(folder, NAMES)
+    return nodes.deployed(
+        "east",
+        state_path=str(nodes.folder / "state"),
+        key_path=str(folder / "east.pem"),
+        peers_path=str(folder / "peers"),
+    )
+
+
+NOISED: dict[str, Any] = {
+    "privacy__unit": "client", "privacy__place": "distributed", "privacy__epsilon": 1.0,
+    "strategy__weighting": "uniform", "data__partition": "own",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "step", ["train", "query.secure_share", "query.secure_confirm", "query.secure_unmask"]
+)
+def test_keys_of_a_run_without_noise_open_no_sum_of_one_with_noise(nodes: Nodes, step: str) -> None:
+    """A server that names both runs alike would have the noise charged, and left out."""
+    node = keyed(nodes)
+    assert "signature" in advertised(nodes, node, data__partition="own")
+    if step == "train":
+        told = nodes.train(node, **MASKS | NOISED)[1]
+    else:
+        content = RecordDict({"plan": ConfigRecord({"run": "a-run"}), "parcel": ConfigRecord()})
+        (told,) = map(dict, nodes.hand(step, node, content, **MASKS | NOISED).values())
+    assert "Expected a sum of this very run, with all of its settings" in told["error"]
+    assert not (nodes.folder / "state" / "ledger.jsonl").exists()  # nor is anything charged
+
+
+def test_keys_are_made_for_the_run_that_the_site_is_told_of(nodes: Nodes) -> None:
+    node = keyed(nodes)
+    told = advertised(nodes, node, run="another", data__partition="own")
+    assert "Expected a sum of this very run" in told["error"] and "'another'" in told["error"]
 
 
 def test_a_session_is_taken_once(nodes: Nodes) -> None:
