@@ -153,8 +153,8 @@ Every key of the run config. Defaults are declared in `pyproject.toml` under
 `[tool.flwr.app.config]`; change them there, or for one run:
 
 ```
-flwr run . --run-config "run.rounds=10 strategy.server-optimizer='adam'"
-flwr run . --run-config my-run.toml
+flwr run . --stream --run-config "run.rounds=10 strategy.server-optimizer='adam'"
+flwr run . --stream --run-config my-run.toml
 ```
 
 Unknown, missing, mistyped and contradictory keys are refused before anything is loaded.

@@ -13,6 +13,7 @@ import tomllib
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
 import pytest
@@ -146,8 +147,8 @@ def runs() -> list[Any]:
         text = path.read_text(encoding="utf-8")
         shell = "".join(blocks(text, "bash") + blocks(text, "sh")).replace("\\\n", "")
         for line in shell.splitlines():
-            words = shlex.split(line.replace("\\$", "$"), comments=True)
-            if words[:2] == ["flwr", "run"]:
+            if line.startswith("flwr run "):
+                words = shlex.split(line.replace("\\$", "$"), comments=True)
                 found.append(pytest.param(words, id=f"{path.name}-{len(found)}"))
     return found
 
@@ -210,6 +211,24 @@ def test_python_of_the_readme_runs(
         aggregate("vote", {"w": torch.zeros(1)}, [{"w": torch.ones(1)}], vote_step=-1.0)
 
 
+def test_figures_of_the_page_on_privacy_come_from_the_code_beside_them(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    text = (ROOT / "docs" / "privacy.md").read_text(encoding="utf-8")
+    snippets = [dedent(block) for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL)]
+    assert len(snippets) >= 4
+    for snippet in snippets:
+        exec(compile(snippet, "privacy.md", "exec", dont_inherit=True), {})
+        stated = re.findall(r"^# (.+)$", snippet, flags=re.MULTILINE)
+        assert capsys.readouterr().out.splitlines() == stated
+    turns = re.findall(
+        r"^\| (\d+) \| (\d+)(?:nd|th) round \| (\d+) \| ([\d.]+) \|$", text, re.MULTILINE
+    )
+    assert [f"{bands} {error}" for *_, bands, error in turns] == re.findall(
+        r"^# (\d+ 0\.\d+)$", text, flags=re.MULTILINE
+    )
+
+
 def test_rows_of_the_readme_can_be_read(tmp_path: Path) -> None:
     kinds = {
         "text": Document,
@@ -261,6 +280,7 @@ def test_node_configs_of_the_readme_are_accepted() -> None:
     configs = re.findall(r"--node-config '([^']+)'", README)
     nodes = [parse_node(parse_config_args([text])) for text in configs]
     assert len(nodes) == 3
+    assert all(node.state_path for node in nodes)  # without it no private run has a ledger
     assert len({node.site for node in nodes}) == 3
 
 
