@@ -13,7 +13,7 @@ from flower_app.releases import unit_of
 from flower_app.sitestate import file_name, require_state_path
 from models.paths import located
 from models.section import ConfigError
-from privacy.events import Event, Unit
+from privacy.events import Event, Part, Unit
 from privacy.ledger import FILE, Ledger
 from privacy.policy import Policy, Request, read_policy
 from strategies.messages import Scalar
@@ -75,25 +75,33 @@ class SiteAccount:
         self.admit()
         past = self._ledger.events() if self._ledger else []
         if rounds:
-            self._check(past, self._stamped(events))
+            stamped = self._stamped(events)
+            if self._policy:
+                self._policy.check_noise(stamped)
+            self._budget(past, stamped)
 
-    def charge(self, events: Sequence[Event]) -> None:
-        """Write down what is about to be released, then return: call it before training.
+    def charge(
+        self, events: Sequence[Event], run: Sequence[Event] = (), part: Part = "training"
+    ) -> None:
+        """Write down what is about to be released, then return: call it before anything is.
 
-        A round that is trained again is charged again. Raises PolicyError where the policy or what
-        is left of its budget does not allow it, and LedgerError where it could not be written down:
-        nothing may leave the site then.
+        A round that is trained again is charged again. `run` is what the run releases beside, by
+        whose noise it is judged too; `part` are the rows that are released where it has no noise.
+        Raises PolicyError where the policy or what is left of its budget does not allow it, and
+        LedgerError where it could not be written down: nothing may leave the site then.
         """
         self.admit()
         stamped = self._stamped(events)
-        plain = self._stamped(self._plain(events))
+        plain = self._stamped(self._plain(events, part))
+        if self._policy:
+            self._policy.check_noise([*run, *stamped])
         if self._ledger and (stamped or plain):
-            self._ledger.append([*stamped, *plain], lambda past, _: self._check(past, stamped))
+            self._ledger.append([*stamped, *plain], lambda past, _: self._budget(past, stamped))
         else:
-            self._check([], stamped)
+            self._budget([], stamped)
 
-    def _plain(self, events: Sequence[Event]) -> list[Event]:
-        """The release of a round without noise for records, which a ledger must not pass over.
+    def _plain(self, events: Sequence[Event], part: Part) -> list[Event]:
+        """A release without noise for records, of `part`, which a ledger must not pass over.
 
         Beside the vectors of a stream there is one, of the same rows.
         """
@@ -101,14 +109,12 @@ class SiteAccount:
             return []
         parts = sorted({event.part for event in events})
         if not parts and self._ledger.path.exists():
-            parts = ["training"]
+            parts = [part]
         return [Event("none", "record", part=part) for part in parts]
 
-    def _check(self, past: Sequence[Event], new: Sequence[Event]) -> None:
-        if self._policy:
-            self._policy.check_noise(new)
-            if new:
-                self._policy.check_budget(_unit(new), past, new)
+    def _budget(self, past: Sequence[Event], new: Sequence[Event]) -> None:
+        if self._policy and new:
+            self._policy.check_budget(_unit(new), past, new)
 
     def _stamped(self, events: Sequence[Event]) -> list[Event]:
         return [replace(e, run=self._run, site=self._site, split=self._split) for e in events]

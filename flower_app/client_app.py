@@ -70,6 +70,7 @@ def answering(name: str) -> Callable[[Handler], Callable[[Message, Context], Mes
             try:
                 config, node = parse(context.run_config), parse_node(context.node_config)
                 check_node(config, node)
+                compose.check_privacy(config)  # the server has, and need not be believed
                 content = handler(message, config, node, context.state)
             except _EXPLAINED as error:
                 log(ERROR, "%s", error)
@@ -165,7 +166,6 @@ def on_roll_call(
 def on_train(message: Message, config: Config, node: NodeConfig, state: RecordDict) -> RecordDict:
     """Score the received payload, train it on the site's rows, score it again, send the delta."""
     started = time.perf_counter()
-    compose.check_privacy(config)  # the server has checked it too, and need not be believed
     base, payload = _WORKER.model(config, node)
     site = _WORKER.site(config, node)
     plan = _plan(message)
@@ -237,9 +237,8 @@ def on_evaluate(
     done = int(str(plan["round"]))
     work = SiteRound(config, node, payload, site, received, plan, done)
     account = SiteAccount(config, node, plan, site=site.name, rows=site.rows, base=base.digest)
-    account.admit()
-    if releasing := evaluations(config, done, site.candidates):
-        account.charge(releasing)
+    beside = releases(config, site.rows, [max(done, 1)], len(site.batches), site.candidates)
+    account.charge(evaluations(config, done, site.candidates), beside, "held-out")
     source = compose.noise_source(config, "split", site.name, done, "evaluation")
     with across.connected(config, payload, plan, state, source):
         score = _WORKER.released(config, site, payload, pad_token(base), done, "evaluation")

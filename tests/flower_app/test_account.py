@@ -203,6 +203,57 @@ def test_a_round_without_noise_is_not_passed_over(
     assert kept.spent("record", 1e-5) == float("inf")
 
 
+CLIENT: dict[str, Any] = {
+    "privacy__unit": "client", "privacy__noise_multiplier": 1.0, "data__partition": "own",
+    "strategy__weighting": "uniform",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        # Noise for records, as little as the server likes, would be no release of a client's.
+        (
+            {
+                "privacy__place": "local",
+                "privacy__metrics": "noised",
+                "privacy__metrics_noise_multiplier": 1e-9,
+            },
+            "Expected privacy.metrics='withheld' or 'exact' with privacy.unit='client'",
+        ),
+        ({"privacy__place": "central"}, "Expected noise that this site adds by this site's policy"),
+        (
+            {"privacy__place": "local", "privacy__noise_multiplier": 0.1},
+            "Expected a noise multiplier of at least 0.5 by this site's policy, got 0.1",
+        ),
+        ({"privacy__place": "local"}, ""),
+    ],
+)
+@pytest.mark.parametrize("done", [0, 2])
+def test_a_score_alone_is_judged_by_what_its_run_releases(
+    nodes: Nodes, tmp_path: Path, state: Path, keys: dict[str, Any], said: str, done: int
+) -> None:
+    text = "max-epsilon = 100.0\nmin-noise-multiplier = 0.5\nrequire-unit = 'client'\n"
+    node = nodes.deployed("east", state_path=str(state), policy_path=policy(tmp_path, text))
+    told = nodes.evaluate(node, nodes.start(), done, **CLIENT | keys)
+    assert told.get("error", "").startswith(said)
+    assert ("error" in told) == bool(said)
+    assert not told.get("before-counted")
+
+
+def test_scores_without_noise_are_not_passed_over(nodes: Nodes, state: Path) -> None:
+    node = nodes.deployed("east", state_path=str(state))
+    own: dict[str, Any] = {"data__partition": "own"}
+    assert nodes.evaluate(node, nodes.start(), **own)["before-counted"] > 0
+    assert not state.exists()
+    account(nodes, node, **DP).charge(events_of(nodes, 40, range(1, 2), **DP))
+    assert nodes.evaluate(node, nodes.start(), **own)["before-counted"] > 0
+    kept = Ledger(state / "ledger.jsonl").events()
+    assert [(event.mechanism, event.part) for event in kept] == [
+        ("gaussian", "training"), ("none", "held-out"),
+    ]  # fmt: skip
+
+
 def test_in_a_simulation_the_ledger_is_the_runs_own(nodes: Nodes, tmp_path: Path) -> None:
     node = nodes.simulated(0)
     account(nodes, node, {"state": str(tmp_path / "sites")}, **DP).charge(
