@@ -294,12 +294,12 @@ def train_round(
     how: Any = {
         "steps": steps,
         "learning_rate": config.train.learning_rate_at(round_, config.run.rounds),
-        "seed": derive(config.run.seed, "train", name, round_),
         "progress": partial(_show, name, round_),
         "correction": correction,
     }
-    if private:
+    if private:  # whose dropout is as secret as its noise
         return private.train(payload, batches, config.train, **how)
+    how["seed"] = derive(config.run.seed, "train", name, round_)
     forwards = steps * config.train.grad_accumulation
     taken = batches.take((round_ - 1) * forwards, forwards)
     if isinstance(payload, SplitPayload):

@@ -19,7 +19,7 @@ from models.config import TrainConfig
 from models.payload import Payload
 from models.train import Correction, Progress, Step, Trained, TrainingError, on, optimise
 from privacy.noise import Source, add_gaussian, std_for
-from privacy.persample import Measured, Method, Sums, attached, empty_sums
+from privacy.persample import Inputs, Measured, Method, Sums, attached, empty_sums
 from privacy.sampling import one_each, poisson
 from privacy.selfcheck import METHODS
 
@@ -50,13 +50,12 @@ def train(
     *,
     steps: int,
     learning_rate: float,
-    seed: int = 0,
     progress: Progress | None = None,
     correction: Correction | None = None,
     shaped: Callable[[Sums], Sums] = lambda gradients: gradients,
 ) -> Trained:
     """Train the payload in place for `steps` noisy steps; the change is private, the result's
-    loss and tokens are not.
+    loss and tokens are not. All that is random comes from `source`, dropout included.
 
     `correction`, as in `models.train.train`, and `shaped`, a function of the noisy gradient, come
     after the noise; `train.max-grad-norm` has no place here. Raises TrainingError when the noisy
@@ -69,6 +68,7 @@ def train(
         def gradient() -> Step:
             drawn = poisson(len(records), mechanism.sample_rate, source)
             rows = one_each([records[record] for record in drawn], source)
+            torch.manual_seed(_word(source))  # within `optimise`, which restores the state
             physical = list(batches.of_rows(rows, method.physical))
             sums, loss = clipped_sum(payload, method, physical, mechanism.clip_norm)
             for name, noisy in shaped(noised(sums, mechanism, source)).items():
@@ -78,7 +78,7 @@ def train(
             )
 
         outcome = optimise(
-            payload, gradient, config, steps=steps, learning_rate=learning_rate, seed=seed,
+            payload, gradient, config, steps=steps, learning_rate=learning_rate, seed=0,
             progress=progress, correction=correction,
         )  # fmt: skip
     # A loss that is not finite may be one record's secret; weights are the mechanism's own output.
@@ -88,6 +88,16 @@ def train(
             "train.learning-rate."
         )
     return outcome
+
+
+def _word(source: Source) -> int:
+    """A seed for the dropout of a step, as secret as the noise.
+
+    One record more or less moves the masks of the others in a batch. A gradient bounded for every
+    mask is no private sum where the masks are known: only while nobody can tell them are those of
+    the others, drawn one by one, as likely with that record as without it.
+    """
+    return int(source.words(1)[0]) >> 1
 
 
 def clipped_sum(
@@ -101,16 +111,24 @@ def clipped_sum(
     loss = torch.zeros((), device=payload.device)
     for batch in physical:
         inputs = on(batch.inputs, payload.device)
+        measured = _finite(method, inputs)
+        if measured:
+            method.add(_factors(measured, clip_norm), sums)
+            loss += measured.losses.sum()
+    return sums, loss
+
+
+def _finite(method: Method, inputs: Inputs) -> Measured | None:
+    """The rows of a batch whose gradients are finite, measured; None where there are none."""
+    while True:
         measured = method.measure(inputs)
         finite = measured.norms.isfinite()
-        if not bool(finite.all()):
-            inputs = {name: values[finite] for name, values in inputs.items()}
-            if not bool(finite.any()):
-                continue
-            measured = method.measure(inputs)
-        method.add(_factors(measured, clip_norm), sums)
-        loss += measured.losses.sum()
-    return sums, loss
+        if bool(finite.all()):
+            return measured
+        if not bool(finite.any()):
+            return None
+        # Once more without the others, again and again, since dropout differs each time.
+        inputs = {name: values[finite] for name, values in inputs.items()}
 
 
 def _factors(measured: Measured, clip_norm: float) -> Tensor:

@@ -20,14 +20,19 @@ Payloads = Callable[..., Payload]
 
 @pytest.fixture
 def payload_of(tiny_models: Mapping[str, Path]) -> Payloads:
-    """Attach a payload to a fresh tiny model without dropout, with no tensor left at zero."""
+    """Attach a payload to a fresh tiny model, with no tensor left at zero.
 
-    def build(kind: str, model: str = "llama", task: str = "causal-lm", **keys: Any) -> Payload:
+    The model has no dropout of its own, or a `dropped` share everywhere.
+    """
+
+    def build(
+        kind: str, model: str = "llama", task: str = "causal-lm", dropped: float = 0.0, **keys: Any
+    ) -> Payload:
         wanted = ModelConfig.model_validate({"name": str(tiny_models[model]), "task": task})
         base = load(wanted, num_labels=3 if task == "classification" else 0)
         for module in base.model.modules():
             if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
+                module.p = dropped
         keys = {"kind": kind, "num_virtual_tokens": 3, **keys}
         payload = attach(
             base.model, PayloadConfig.model_validate(keys), task=task,

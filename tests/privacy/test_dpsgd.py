@@ -290,6 +290,31 @@ def test_same_seed_same_bytes(payload_of: Payloads, kind: str) -> None:
     assert trained_with(1) != trained_with(2)
 
 
+def test_dropout_is_as_secret_as_the_noise(payload_of: Payloads) -> None:
+    """Who knows the masks can see a record in what it does to those of the others."""
+
+    def stepped(seed: int, *, clip: float = NO_CLIP) -> Tensor:
+        payload = payload_of("full", "bert", "classification", dropped=0.1)
+        run(payload, records("classification"), seed=seed, clip=clip, rate_of_learning=0.1)
+        return weights(payload)
+
+    # No noise, and every record in the step: nothing but dropout is left to differ.
+    assert torch.equal(stepped(1), stepped(1))
+    assert not torch.equal(stepped(1), stepped(2))
+    assert not torch.allclose(stepped(1, clip=0.5), stepped(2, clip=0.5))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_with_dropout_every_record_is_clipped_all_the_same(
+    payload_of: Payloads, method: str
+) -> None:
+    payload = payload_of("full", "bert", "classification", dropped=0.3)
+    for record in records("classification"):
+        assert norm(summed(payload, method, [record], 0.5)) <= 0.5
+    whole = norm(summed(payload, method, records("classification"), 0.5))
+    assert 0 < whole <= 0.5 * len(records("classification"))
+
+
 def test_weights_that_are_not_finite_are_an_error(payload_of: Payloads) -> None:
     with pytest.raises(TrainingError, match=r"finite weights.*lower train\.learning-rate"):
         run(payload_of("lora"), records("causal-lm", 3), noise=1.0, clip=1.0, steps=3,

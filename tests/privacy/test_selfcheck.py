@@ -183,6 +183,12 @@ def test_a_start_at_zero_does_not_hide_a_wrong_gradient(payload_of: Payloads) ->
     assert torch.equal(payload.layout.flatten(payload.select()), payload.layout.flatten(zeros))
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_the_model_s_own_dropout_does_not_disturb_the_check(payload_of: Payloads, method: str) -> None:
+    payload = payload_of("full", "bert", "classification", dropped=0.5)
+    check(payload, METHODS[method], "classification")
+
+
 def test_dropout_does_not_disturb_the_check(payload_of: Payloads) -> None:
     payload = payload_of("lora", "gpt2", dropout=0.5)
     check(payload, METHODS["ghost"], "causal-lm")
