@@ -99,7 +99,8 @@ def _labelled(rows: Dataset, config: DataConfig, labels: Sequence[str]) -> list[
         cells: list[Any] = [None if c is None else feature.int2str(c) for c in rows[column][:]]
     else:
         cells = rows[column][:]
-    numbers = [_class(cell, labels, column, row) for row, cell in enumerate(cells)]
+    by_name = any(_number(name) is not None for name in labels)
+    numbers = [_class(cell, labels, by_name, column, row) for row, cell in enumerate(cells)]
     for row, number in enumerate(numbers):
         if labels and number >= len(labels):
             raise _wrong(column, row, f"a class below {len(labels)}", number)
@@ -170,14 +171,14 @@ def _texts(rows: Dataset, column: str, *, null_as: str | None = None) -> list[st
     return texts
 
 
-def _class(cell: object, names: Sequence[str], column: str, row: int) -> int:
-    """The class that a cell stands for: a name of `names`, else its number."""
+def _class(cell: object, names: Sequence[str], by_name: bool, column: str, row: int) -> int:
+    """The class that a cell stands for: a name of `names`, else, unless `by_name`, its number."""
     # By name first: of the classes 1 to 5, the first is 1 whether a file writes 1 or "1".
     name = str(cell).lower() if isinstance(cell, bool) else str(cell)
     if name in names:
         return list(names).index(name)
     number = _number(cell)
-    if number is None or any(_number(name) is not None for name in names):
+    if number is None or by_name:
         return _named(cell, names, column, row)
     return number
 
