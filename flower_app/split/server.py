@@ -44,6 +44,7 @@ class SplitServer:
         self._limits = limits(config, base.model.config.hidden_size)
         self._scorer = MiddleWorker(base.middle, most=0, precision=config.train.precision)
         self._round: Round | None = None
+        self._start: dict[str, Tensor] = {}  # what the replicas of the round began with
         self._identity = Identity.fresh()
         self._stream = StreamServer(
             self._identity,
@@ -100,6 +101,7 @@ class SplitServer:
     def begin(self, round_: int, sites: Sequence[str]) -> None:
         """Train with the streams of these sites from now on."""
         self._round = self._sharing(round_, sites)
+        self._start = self.state()
 
     def absent(self, site: str, why: str) -> None:
         """Let no other site wait for one that does not train in this round."""
@@ -111,12 +113,13 @@ class SplitServer:
         if self._round is None:
             return
         ended, self._round = self._round, None
-        learnt = ended.finish()
+        learnt = finite(ended.finish())
         for site, why in ended.dropped.items():
             log(WARNING, "The stream of %s ended early: %s", site, why)
         figures = ", ".join(f"{name} {value:.3g}" for name, value in ended.report().items())
         log(INFO, "The middle, %s: %s", self.schedule, figures)
-        self.restore(mean_of(self.state(), learnt))
+        self.restore(mean_of(self._start, learnt))
+        self._start = {}
         self._middle.eval()
 
     def _serve(self, site: str, frames: Frames) -> Frames:
@@ -145,10 +148,24 @@ class SplitServer:
         self._stream.stop()
 
 
+def finite(learnt: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """What replicas learnt, but for those that ended with NaN or Inf."""
+    good = [new for new in learnt if all(bool(t.isfinite().all()) for t in new.values())]
+    if lost := len(learnt) - len(good):
+        log(WARNING, "%d of %d replicas of the middle ended with values that are not finite; what "
+            "they learnt in this round is left out.", lost, len(learnt))  # fmt: skip
+    return good
+
+
 def mean_of(
     before: Mapping[str, Tensor], learnt: Sequence[Mapping[str, Tensor]]
 ) -> dict[str, Tensor]:
-    """The mean of replicas: of LoRA's products, as near as their rank allows, else of tensors."""
+    """The mean of replicas: of LoRA's products, as near as their rank allows, else of tensors.
+
+    What there was before where nothing is trained, or none has learnt anything.
+    """
+    if not before or not learnt:
+        return dict(before)
     if len(learnt) == 1:
         return dict(learnt[0])
     deltas = [{name: new[name] - before[name] for name in before} for new in learnt]

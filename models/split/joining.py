@@ -5,14 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from threading import Lock
+from typing import TypeVar
 
 from torch import Tensor
 
 from models.split.cut import Middle
-from models.split.middle import Backward, Forward
+from models.split.middle import Answer, Backward, Forward, MiddleWorker
 from models.split.rounds import Settings, Streams
+from models.split.step import SplitError
+
+_LEFT = "Expected a site that takes part, got one that has left the round."
+Asked = TypeVar("Asked", Forward, Backward)
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,7 @@ class _Waiting:
     """A site's pass or step (None), and what came of it."""
 
     asked: Forward | Backward | None
-    answer: Tensor | Exception | None = field(default=None)
+    answer: Answer | None = field(default=None)
     done: bool = False
 
 
@@ -100,14 +104,15 @@ class Joined(Streams):
                 self._changed.wait(self._patience(now))
             return None
 
-    def _computed(self, wave: _Wave) -> dict[str, Tensor | Exception | None]:
+    def _computed(self, wave: _Wave) -> dict[str, Answer | None]:
         """What came of it for every site; where it fails, all who are in it get the reason."""
-        found: dict[str, Tensor | Exception | None] = {}
+        found: dict[str, Answer | None] = {}
         for group in self._groups(wave.forwards):
-            found |= _tried(partial(self._passed, group), group)
+            found |= self._tried(lambda worker, there: worker.forward_all(there), group)
         if wave.backwards:
-            self._taught.update(one.site for one in wave.backwards)
-            found |= _tried(partial(self._passed_back, wave.backwards), wave.backwards)
+            passed = self._tried(lambda worker, there: worker.backward_all(there), wave.backwards)
+            self._taught.update(site for site, one in passed.items() if isinstance(one, Tensor))
+            found |= passed
         if wave.stepping:
             try:
                 self._trainer.step(len(self._taught))
@@ -117,13 +122,18 @@ class Joined(Streams):
             self._taught.clear()
         return found
 
-    def _passed(self, asked: Sequence[Forward]) -> list[Tensor]:
-        with self._trainer.alone() as worker:
-            return worker.forward_all(asked)
-
-    def _passed_back(self, asked: Sequence[Backward]) -> list[Tensor]:
-        with self._trainer.alone() as worker:
-            return worker.backward_all(asked)
+    def _tried(
+        self, work: Callable[[MiddleWorker, list[Asked]], Sequence[Answer]], asked: Sequence[Asked]
+    ) -> dict[str, Answer]:
+        """Answers by site, or the reason why there is none."""
+        try:
+            with self._trainer.alone() as worker:
+                # Whoever left since then has no graphs any more; none may be made for it either.
+                there = [one for one in asked if one.site not in self._gone]
+                found = dict(zip((one.site for one in there), work(worker, there), strict=True))
+        except Exception as error:  # raised again in the thread of each of them
+            return {one.site: error for one in asked}
+        return found | {one.site: SplitError(_LEFT) for one in asked if one.site not in found}
 
     def _groups(self, asked: Sequence[Forward]) -> Iterator[list[Forward]]:
         """In their order, as many at a time as fit into `join_tokens` when padded."""
@@ -138,7 +148,7 @@ class Joined(Streams):
         if group:
             yield group
 
-    def _answer(self, found: Mapping[str, Tensor | Exception | None]) -> None:
+    def _answer(self, found: Mapping[str, Answer | None]) -> None:
         with self._changed:
             for site, answer in found.items():
                 waiting = self._asking.pop(site, None)
@@ -178,7 +188,11 @@ class Joined(Streams):
         missing = self._missing(now)
         if self._waits(missing, now):
             return None
-        asked = {site: self._asking[site].asked for site in sorted(self._asking)}
+        asked = {
+            site: self._asking[site].asked
+            for site in sorted(self._asking)
+            if site not in self._gone  # its graphs may have been freed already
+        }
         forwards = [one for one in asked.values() if isinstance(one, Forward)]
         backwards = [one for one in asked.values() if isinstance(one, Backward)]
         places = {one.place for one in backwards}
@@ -190,14 +204,3 @@ class Joined(Streams):
         if backwards:  # of some joined micro-batches only: the others are late, or come in turn
             return _Wave(backwards=backwards)
         return _Wave(stepping=tuple(asked)) if asked and not missing else None
-
-
-def _tried(
-    work: Callable[[], Sequence[Tensor]], asked: Sequence[Forward | Backward]
-) -> dict[str, Tensor | Exception | None]:
-    """Answers by site, or the reason why there are none."""
-    sites = [one.site for one in asked]
-    try:
-        return dict(zip(sites, work(), strict=True))
-    except Exception as error:  # raised again in the thread of each of them
-        return dict.fromkeys(sites, error)

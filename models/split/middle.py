@@ -6,10 +6,10 @@ so that every site gets what it would get alone, up to rounding.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from threading import Lock
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,11 @@ from models.split.step import SplitError
 from models.train import autocast
 
 Place = tuple[str, int]  # a site and the key of one of its micro-batches
+Cut = tuple[slice, int]  # its rows in a joined pass, and its length
+# What came of a pass for one micro-batch; an error is of its own values, and of nobody else's.
+Answer: TypeAlias = Tensor | Exception
+# No gradient that a model can learn from comes near it, and sums of squares stay finite below.
+_LARGEST = 1e15
 
 
 class Forward(NamedTuple):
@@ -51,12 +56,14 @@ class Backward(NamedTuple):
 
 
 class _Graph:
-    """One forward pass, and the rows and length of each micro-batch in it that is under way."""
+    """A forward pass, the `number`-th, and the cuts of its micro-batches that are under way."""
 
-    def __init__(self, before: Tensor, behind: Tensor) -> None:
+    def __init__(self, before: Tensor, mask: Tensor, number: int, behind: Tensor) -> None:
         self.before = before
+        self.mask = mask
+        self.number = number
         self.behind = behind
-        self.places: dict[Place, tuple[slice, int]] = {}
+        self.places: dict[Place, Cut] = {}
 
 
 class MiddleWorker:
@@ -129,50 +136,122 @@ class MiddleWorker:
         """Hidden states behind the middle, of one micro-batch; raises SplitError as `check`."""
         asked = Forward(site, key, hidden, mask)
         self.check(asked)
-        return self.forward_all([asked])[0]
+        return value(self.forward_all([asked])[0])
 
     def backward(self, site: str, key: int, gradient: Tensor) -> Tensor:
         """The gradient before the middle, of one micro-batch; raises SplitError as `check`."""
         asked = Backward(site, key, gradient)
         self.check(asked)
-        return self.backward_all([asked])[0]
+        return value(self.backward_all([asked])[0])
 
-    def forward_all(self, asked: Sequence[Forward]) -> list[Tensor]:
-        """Hidden states behind the middle, of checked micro-batches joined into one pass."""
+    def forward_all(self, asked: Sequence[Forward]) -> list[Answer]:
+        """Hidden states behind the middle, of checked micro-batches joined into one pass.
+
+        Where that fails, or gives one values that are not finite, each gets a pass of its own.
+        """
+        try:
+            return list(self._forward(asked))
+        except Exception as error:
+            if len(asked) == 1:
+                return [error]
+            return [self.forward_all([one])[0] for one in asked]
+
+    def _forward(self, asked: Sequence[Forward]) -> list[Tensor]:
         length = max(one.hidden.shape[1] for one in asked)
         hidden = torch.cat([_longer(one.hidden, length) for one in asked])
         mask = torch.cat([_longer(one.mask, length) for one in asked]).to(self._device)
         before = hidden.detach().to(self._device, self._dtype).requires_grad_()
-        with torch.enable_grad(), autocast(self._precision, self._device), self._dropout():
-            graph = _Graph(before, self._middle(before, mask))
+        graph = self._graph(before, mask, self.passes)
+        behind = graph.behind.detach()
+        if not bool(behind.isfinite().all()):
+            raise SplitError(
+                f"Expected finite hidden states behind the middle of {asked[0].site!r}, got NaN or "
+                "Inf; look at what its head sends."
+            )
         start = 0
         for one in asked:
             rows = slice(start, start := start + len(one.hidden))
             graph.places[one.place] = (rows, one.hidden.shape[1])
             self._graphs[one.place] = graph
         self._count(asked, mask.numel())
-        behind = graph.behind.detach()
         return [behind[rows, :size] for rows, size in graph.places.values()]
 
-    def backward_all(self, asked: Sequence[Backward]) -> list[Tensor]:
+    def _graph(self, before: Tensor, mask: Tensor, number: int) -> _Graph:
+        with torch.enable_grad(), autocast(self._precision, self._device), self._dropout(number):
+            return _Graph(before, mask, number, self._middle(before, mask))
+
+    def backward_all(self, asked: Sequence[Backward]) -> list[Answer]:
         """Gradients before the middle, of checked ones; its parameters' own are added up.
 
         A graph whose other micro-batches are still to come is kept, at the cost of another pass.
+        Where a graph fails, or gives gradients that no model can learn from, each of its
+        micro-batches gets a pass of its own, and nothing is added up of those that fail again.
         """
         by_graph: dict[_Graph, list[Backward]] = {}
         for one in asked:
             by_graph.setdefault(self._graphs.pop(one.place), []).append(one)
-        found: dict[Place, Tensor] = {}
+        found: dict[Place, Answer] = {}
         for graph, members in by_graph.items():
-            places = [(one, *graph.places.pop(one.place)) for one in members]
-            gradient = torch.zeros_like(graph.behind)
-            for one, rows, length in places:
-                gradient[rows, :length] = one.gradient.to(gradient)
-            torch.autograd.backward(graph.behind, gradient, retain_graph=bool(graph.places))
-            before, graph.before.grad = graph.before.grad, None
-            assert before is not None
-            found |= {one.place: before[rows, :length] for one, rows, length in places}
+            cuts = {one.place: graph.places.pop(one.place) for one in members}
+            try:
+                found |= self._backward(graph, members, cuts)
+            except Exception as error:
+                found |= self._each_alone(graph, members, cuts, error)
         return [found[one.place] for one in asked]
+
+    def _backward(
+        self, graph: _Graph, members: Sequence[Backward], cuts: Mapping[Place, Cut]
+    ) -> dict[Place, Tensor]:
+        gradient = torch.zeros_like(graph.behind)
+        for one in members:
+            rows, length = cuts[one.place]
+            gradient[rows, :length] = one.gradient.to(gradient)
+        trained = [p for p in self._middle.parameters() if p.requires_grad]
+        # Not `backward`, which would have added them up before they can be looked at.
+        before, *own = torch.autograd.grad(
+            graph.behind, [graph.before, *trained], gradient, retain_graph=bool(graph.places),
+            allow_unused=True,
+        )  # fmt: skip
+        if not bool(size_of([before, *own]) < _LARGEST):
+            raise SplitError(
+                f"Expected a gradient of {members[0].site!r} that leads to finite ones of a norm "
+                f"below {_LARGEST:g}, got a larger one, NaN or Inf; look at what its tail sends."
+            )
+        for parameter, new in zip(trained, own, strict=True):
+            if new is not None:
+                # A copy, since two parameters may have been given one tensor.
+                parameter.grad = new.clone() if parameter.grad is None else parameter.grad.add_(new)
+        return {place: before[rows, :length] for place, (rows, length) in cuts.items()}
+
+    def _each_alone(
+        self,
+        graph: _Graph,
+        members: Sequence[Backward],
+        cuts: Mapping[Place, Cut],
+        error: Exception,
+    ) -> dict[Place, Answer]:
+        """The members of a graph that failed, each as if the others had sent zeros."""
+        if len(members) == 1 and cuts[members[0].place][0] == slice(0, len(graph.before)):
+            return {members[0].place: error}
+        found: dict[Place, Answer] = {}
+        for one in members:
+            cut = {one.place: cuts[one.place]}
+            try:
+                found |= self._backward(self._without_others(graph, cut.values()), [one], cut)
+            except Exception as own:
+                found[one.place] = own
+        if graph.places:  # what is still under way has nothing to do with those values either
+            rest = self._without_others(graph, graph.places.values())
+            rest.places |= graph.places
+            self._graphs |= dict.fromkeys(graph.places, rest)
+        return found
+
+    def _without_others(self, graph: _Graph, cuts: Iterable[Cut]) -> _Graph:
+        """The same pass, dropout too, in which all other rows are zero."""
+        before = torch.zeros_like(graph.before)
+        for rows, _ in cuts:
+            before[rows] = graph.before.detach()[rows]
+        return self._graph(before.requires_grad_(), graph.mask, graph.number)
 
     @torch.no_grad()
     def score(self, hidden: Tensor, mask: Tensor) -> Tensor:
@@ -196,12 +275,25 @@ class MiddleWorker:
         self.peak = max(self.peak, len(self._graphs))
 
     @contextmanager
-    def _dropout(self) -> Iterator[None]:
+    def _dropout(self, number: int) -> Iterator[None]:
         with ExitStack() as stack:
             if self._draws:
                 stack.enter_context(self._drawing)
-                stack.enter_context(seeded(derive(self._seed, "dropout", self.passes)))
+                stack.enter_context(seeded(derive(self._seed, "dropout", number)))
             yield
+
+
+def value(found: Answer) -> Tensor:
+    """What came of a pass; raises where nothing did."""
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
+def size_of(gradients: Iterable[Tensor | None]) -> Tensor:
+    """L2 norm of all of them, which is not finite where one of them is not."""
+    there = [gradient for gradient in gradients if gradient is not None]
+    return torch.nn.utils.get_total_norm(there)
 
 
 def draws(module: nn.Module) -> bool:

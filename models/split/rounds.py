@@ -6,12 +6,13 @@ is to be left out, can be told so at any time. Graphs of a site that is gone are
 
 from __future__ import annotations
 
+import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from threading import Condition, Lock, Thread
+from threading import Condition, Lock
 from typing import Literal
 
 import torch
@@ -21,12 +22,14 @@ from models.config import TrainConfig
 from models.seeds import derive
 from models.split.adapter import factors, train_only
 from models.split.cut import Middle, twin
+from models.split.inbox import Inbox
 from models.split.link import Frames, Limits
 from models.split.messages import Kind, Message
-from models.split.middle import Backward, Forward, MiddleWorker
+from models.split.middle import Backward, Forward, MiddleWorker, size_of
 from models.split.step import SplitError
 from models.train import optimizer_of
 
+_LOG = logging.getLogger(__name__)
 OVER = "Expected questions before the end of the round; it is over."
 
 
@@ -88,18 +91,23 @@ class Trainer:
                 )
 
     def step(self, count: int) -> None:
-        """An optimiser step on the mean of the gradients of `count` sites."""
+        """An optimiser step on the mean of the gradients of `count` sites, if it is finite."""
         with self._lock:
             self._check()
-            self.steps += 1
             gradients = [p.grad for p in self._trained if p.grad is not None]
             if self._optimizer is None or not gradients:
+                self.steps += 1
+                return
+            if not bool(size_of(gradients).isfinite()):
+                _LOG.warning("A step of the middle is left out: its gradient is not finite.")
+                self._drop_gradients()
                 return
             for gradient in gradients if count > 1 else ():
                 gradient.div_(count)
             if self._settings.train.max_grad_norm:
                 torch.nn.utils.clip_grad_norm_(self._trained, self._settings.train.max_grad_norm)
             self._optimizer.step()
+            self.steps += 1
             self._drop_gradients()
 
     def forget(self, site: str) -> None:
@@ -121,50 +129,6 @@ class Trainer:
     def _drop_gradients(self) -> None:
         for parameter in self._trained:
             parameter.grad = None
-
-
-class Inbox:
-    """The frames of one stream, read by a thread of its own, to wait for with a limit."""
-
-    def __init__(self, frames: Frames) -> None:
-        self._changed = Condition()
-        self._frame: bytes | None = None
-        self._over = False
-        self._reason: BaseException | None = None
-        Thread(target=self._read, args=(frames,), name="split-inbox", daemon=True).start()
-
-    def _read(self, frames: Frames) -> None:
-        reason: BaseException | None = None
-        try:
-            for frame in frames:
-                with self._changed:
-                    self._changed.wait_for(lambda: self._frame is None or self._over)
-                    if self._over:
-                        return
-                    self._frame = frame
-                    self._changed.notify_all()
-        except Exception as error:  # whatever the transport says of a stream that broke
-            reason = error
-        self.close(reason)
-
-    def next(self, timeout: float) -> bytes | None:
-        """The next frame, None after the last; raises why the stream broke, and TimeoutError."""
-        with self._changed:
-            there = self._changed.wait_for(lambda: self._frame is not None or self._over, timeout)
-            if self._reason is not None:
-                raise self._reason
-            if not there:
-                raise TimeoutError
-            frame, self._frame = self._frame, None
-            self._changed.notify_all()
-            return frame
-
-    def close(self, reason: BaseException | None = None) -> None:
-        """Let nothing more come; a reason is raised in whoever waits."""
-        with self._changed:
-            if not self._over:
-                self._over, self._reason = True, reason
-            self._changed.notify_all()
 
 
 class Streams(ABC):

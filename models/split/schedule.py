@@ -23,6 +23,7 @@ from models.split.joining import Joined
 from models.split.link import Frames
 from models.split.middle import Backward, Forward, MiddleWorker
 from models.split.rounds import Settings
+from models.split.step import SplitError
 from models.split.turns import Turns
 
 __all__ = [
@@ -50,7 +51,7 @@ class Round(Protocol):
         """Do not wait for a site that will not come, or go on; its stream is ended."""
 
     def finish(self) -> list[dict[str, Tensor]]:
-        """End the round; what each replica trained, by the names of the whole model's adapter."""
+        """End the round; what replicas trained, by the names of the whole model's adapter."""
 
     def report(self) -> dict[str, float]:
         """Steps, passes, micro-batches joined per pass, share of padding, most graphs at a time."""
@@ -96,15 +97,17 @@ class _Replicas:
         return {site: why for round_ in self._rounds for site, why in round_.dropped.items()}
 
     def serve(self, site: str, frames: Frames) -> Frames:
-        # A name that is in no share is refused as in any other round.
-        return self._of.get(site, self._rounds[0]).serve(site, frames)
+        if site not in self._of:
+            raise SplitError(f"Expected a site of this round, got {site!r}.")
+        return self._of[site].serve(site, frames)
 
     def absent(self, site: str, why: str) -> None:
         self._of[site].absent(site, why)
 
     def finish(self) -> list[dict[str, Tensor]]:
-        """What each replica with sites trained; without a step, what it started from."""
-        return [tensors for round_ in self._rounds for tensors in round_.finish()]
+        """What each replica trained that took a step; the others have learnt nothing."""
+        ended = [(round_, round_.finish()) for round_ in self._rounds]
+        return [tensors for round_, learnt in ended if round_.steps for tensors in learnt]
 
     def report(self) -> dict[str, float]:
         reports = [round_.report() for round_ in self._rounds]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from models.split.cut import Middle
-from models.split.middle import Backward, Forward
+from models.split.middle import Backward, Forward, value
 from models.split.rounds import Settings, Streams
 
 
@@ -31,9 +31,10 @@ class Turns(Streams):
             self._trainer.step(1)
             return None
         with self._trainer.alone() as worker:
+            self._go_on(site)
             if isinstance(asked, Forward):
-                return worker.forward_all([asked])[0]
-            return worker.backward_all([asked])[0]
+                return value(worker.forward_all([asked])[0])
+            return value(worker.backward_all([asked])[0])
 
     def _take_turn(self, site: str) -> None:
         with self._changed:

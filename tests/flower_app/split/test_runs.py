@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from flwr.app import Message
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -24,12 +25,13 @@ from transformers import (
 from flower_app import client_app
 from flower_app.config import parse
 from flower_app.node import parse_node
-from flower_app.split.server import SplitIntake
+from flower_app.split.server import SplitIntake, finite, mean_of
 from flower_app.worker import Worker
 from models.evaluate import Score, evaluate
 from models.payload import Payload
 from models.section import ConfigError
 from models.split.load import Cuts, write_parts
+from strategies.flower import RoundError
 from tests.fakes import Answer, FakeGrid
 from tests.flower_app.nodes import NAMES, Nodes
 from tests.flower_app.runs import Killed, bytes_below, deploy, killed_in, rows, run, simulate
@@ -223,6 +225,37 @@ def test_sites_share_the_middle_at_the_same_time(nodes: Nodes, schedule: str) ->
     assert schedule in ("auto", facts["schedule"])
     if schedule != "auto":  # which may pick the other one next time
         assert bytes_below(together(nodes, "other", **keys)) == bytes_below(folder)
+
+
+def test_replicas_that_train_nothing_go_on_round_after_round(nodes: Nodes) -> None:
+    keys = {"split__schedule": "hierarchical", "split__middle": "none", "run__rounds": 3}
+    folder = together(nodes, "none", **keys)
+    assert [row["status"] for row in rows(folder, "site")] == ["ok"] * 9
+
+
+def test_without_a_single_key_the_round_says_who_answered_and_who_did_not(nodes: Nodes) -> None:
+    keys: dict[str, Any] = SPLIT | {"split__schedule": "hierarchical", "split__replicas": 2}
+    grid = nodes.grid(*map(nodes.simulated, range(3)), **keys)
+    for node, site in grid.sites.items():
+        grid.sites[node] = partial(_without_a_key, site)
+    with pytest.raises(
+        RoundError, match=r"Expected at least \d of 3 sites to answer well in round"
+    ):
+        run(nodes, grid, **keys, run__output_dir=str(nodes.folder / "keyless"))
+
+
+def _without_a_key(site: Any, question: Message) -> Iterable[Answer]:
+    for answer in site(question):
+        if question.metadata.message_type == "query.split_key":
+            answer.report = {"error": "no key here"}
+        yield answer
+
+
+def test_a_middle_that_is_not_finite_is_not_kept() -> None:
+    good, bad = {"w": torch.ones(2)}, {"w": torch.tensor([1.0, torch.nan])}
+    assert finite([good, bad, {"w": torch.full((2,), torch.inf)}]) == [good]
+    before = {"a.lora_A.weight": torch.ones(2, 3)}
+    assert mean_of(before, []) == before and mean_of({}, [{}, {}]) == {}
 
 
 def test_nobody_waits_for_a_site_that_says_it_cannot() -> None:
