@@ -34,7 +34,7 @@ from privacy.noise import Source
 from privacy.secure import groups
 from privacy.secure.encrypted import Encrypted
 from privacy.secure.exchange import Masks
-from strategies import control, registry
+from strategies import control, registry, together
 from strategies.attacks import registry as attacks
 from strategies.attacks.registry import Attack
 from strategies.cohort import CohortError
@@ -117,6 +117,14 @@ def _check_factors(config: Config) -> None:
             f"payload.personal={config.payload.personal!r}; leave lora_A and lora_B out of it, or "
             "set strategy.rule='mean'."
         )
+    if _sends_factors(config) and not halves & {"lora_A", "lora_B"}:
+        strategy = config.strategy
+        together.check_factors(rule, registry.split_names(strategy.pre), strategy.server_optimizer)
+
+
+def _sends_factors(config: Config) -> bool:
+    parts = {config.split.head, config.split.tail} if config.payload.kind == "split" else set()
+    return config.payload.kind == "lora" or "lora" in parts
 
 
 def _check_ditto(config: Config) -> None:

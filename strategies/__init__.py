@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from models.layout import Layout
-from strategies import fold
+from strategies import fold, together
 from strategies.cohort import Cohort, CohortError, norm
+from strategies.product import structure
 from strategies.registry import compose, split_names
 
 __all__ = ["aggregate"]
@@ -47,13 +48,16 @@ def aggregate(
     smaller, the matrix `<module>.lora_fold.weight` (O, I). Such tensors in `base` are added up.
     `models.fold.load` puts all of it into a model.
 
-    Raises ConfigError for an unknown rule, stage or option, LayoutError or CohortError for deltas
+    Raises ConfigError for an unknown rule, stage or option and for stages that do not fit each
+    other or the payload, LayoutError or CohortError for deltas
     or weights that do not fit or are not finite.
     """
     names = split_names(pre) if isinstance(pre, str) else tuple(pre)
     stage = compose(rule, names, server_optimizer, options)
     base, folded = fold.split(base)
     layout = Layout.of(base)
+    if structure(layout).pairs:
+        together.check_factors(rule, names, server_optimizer)
     # Arithmetic is float32 whatever the base is kept in.
     wide = Layout(layout.names, layout.shapes)
     rows = {site: _row(site, delta, wide) for site, delta in _by_site(deltas).items()}

@@ -61,6 +61,8 @@ class Cohort:
     `trusted_D` is the server's own update on data that it trusts, for rules that compare with it;
     `left_out` says of sites that a stage has left out why; `caught` is how many sites the gate has
     quarantined, which are liars no longer among the rows.
+    `judged` is whether a stage has judged these rows, by the products of LoRA factors: what adds
+    them up must then add up products, since (k A, B / k) was judged like (A, B).
     """
 
     base_D: Tensor
@@ -73,6 +75,7 @@ class Cohort:
     trusted_D: Tensor | None = None
     left_out: Mapping[str, str] = field(default_factory=dict)
     caught: int = 0
+    judged: bool = False
     # What was computed of these rows once, by name. Another set of rows starts an empty one.
     memo: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
 
@@ -154,10 +157,13 @@ class Cohort:
         mix_MN: Tensor,
         names: Sequence[str] | None = None,
         weights_M: Tensor | None = None,
+        *,
+        judged: bool = False,
     ) -> Cohort:
         """Cohort whose row m is the sum over n of mix_MN[m, n] * row n, made when it is asked for.
 
-        Names and weights are this cohort's own unless given. Mixing a mixed cohort multiplies the
+        Names and weights are this cohort's own unless given; `judged` says that products decided
+        about them. Mixing a mixed cohort multiplies the
         matrices (float64), so that a chain of linear stages reads the rows of `source` once.
         With LoRA factors a row, once made, adds up A and B apart; rules that judge or combine
         products read `source` and the matrix instead. Raises CohortError for wrong shapes.
@@ -173,6 +179,7 @@ class Cohort:
             names=self.names if names is None else tuple(names),
             weights_N=self.weights_N if weights_M is None else weights_M.float(),
             clip=mixed_bound(self.clip, mix_MN),
+            judged=self.judged or judged,
         )
 
 

@@ -38,7 +38,8 @@ def median() -> Rule:
 
     Sites count alike: their weights are ignored. Breakdown point 1/2: while fewer than half of
     the sites lie, each coordinate stays within the range of the honest ones. O(D N log N) time,
-    memory of one delta and a block of rows. Raises CohortError for LoRA factors with different A.
+    memory of one delta and a block of rows. Raises CohortError for LoRA
+    factors with different A, or mixed after their products were judged.
     """
 
     def apply(cohort: Cohort) -> Delta:
@@ -54,7 +55,7 @@ def trimmed_mean(*, num_byzantine: NumByzantine = 1) -> Rule:
     f is `num_byzantine`, beta N in the paper. Sites count alike: their weights are ignored.
     Breakdown point f / N: while at most f of N >= 2f+1 sites lie, each coordinate stays within the
     range of the honest ones. O(D N log N) time, memory of one delta and a block of rows. Raises
-    CohortError for fewer sites, and for LoRA factors with different A.
+    CohortError for fewer sites, and for LoRA factors as `median` does.
     """
 
     def requires(count: int, caught: int = 0) -> int:
@@ -82,6 +83,7 @@ def per_coordinate(cohort: Cohort, reduce: Callable[[Array], Array], rule: str) 
     threads. Raises CohortError where a coordinate does not mean the same at all sites.
     """
     _refuse_own_factors(cohort, rule)
+    _refuse_mixed_factors(cohort, rule)
     rows, mix_NS = _read(cohort)
     size, threads = cohort.layout.size, torch.get_num_threads()
     out_D = np.empty(size, dtype=np.float32)
@@ -111,6 +113,18 @@ def _refuse_own_factors(cohort: Cohort, rule: str) -> None:
                     f"something else at each site and {rule} is meaningless; use krum, "
                     "geometric-median or lora-svd, which compare the products B A."
                 )
+
+
+def _refuse_mixed_factors(cohort: Cohort, rule: str) -> None:
+    if not cohort.judged or not structure(cohort.layout).pairs:
+        return
+    if bool(((cohort.matrix_NS != 0).sum(1) > 1).any()):
+        raise CohortError(
+            f"Expected updates of single sites for {rule} with LoRA factors, got mixes of several, "
+            "in which products B A were judged and A and B are added up apart: a liar's "
+            "(k A, B / k) enters many of them; use geometric-median, multi-krum or lora-svd, or "
+            "leave out the stage that mixes (strategy.pre)."
+        )
 
 
 def _read(cohort: Cohort) -> tuple[Sequence[Tensor], NDArray[np.float64] | None]:

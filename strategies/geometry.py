@@ -44,6 +44,14 @@ def gram(cohort: Cohort) -> Tensor:
     return mix @ source.memo["gram"] @ mix.T
 
 
+def lengths(cohort: Cohort) -> Tensor:
+    """Norms of the updates as `gram` has them, (N,), float64; one row at a time where not mixed."""
+    if cohort is cohort.source and "gram" not in cohort.memo:
+        squares = [_inner(cohort, [row_D]).squeeze() for row_D in cohort.rows]
+        return torch.stack(squares).clamp_(min=0.0).sqrt()
+    return gram(cohort).diagonal().clamp(min=0.0).sqrt()
+
+
 def squared_distances(gram_NN: Tensor) -> Tensor:
     """Squared distances |x_i - x_j|^2, (N, N), of vectors with these inner products; 0 or more."""
     squares_N = gram_NN.diagonal()

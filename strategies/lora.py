@@ -18,11 +18,9 @@ from models.layout import Layout
 from models.section import ConfigError
 from strategies.cohort import Cohort, CohortError, Delta, LazyRows
 from strategies.product import Pair, side, stacked, structure
-from strategies.rules import mean
+from strategies.rules import mean, summed
 from strategies.stage import Rule, Stage, State, pure
 
-# A server optimiser would move what these rules set, or hold still, exactly.
-_EXACT = ("lora-exact", "lora-stack", "lora-alternate")
 # Rules by products, to which a site of a lower rank is one whose other components are zero.
 _RANKED = ("lora-exact", "lora-stack", "lora-svd")
 _FOLDING = ("lora-exact", "lora-stack")
@@ -37,7 +35,7 @@ def lora_mean() -> Rule:
 
     def apply(cohort: Cohort) -> Delta:
         check_layout("lora-mean", cohort.layout)
-        return _averaged(cohort)
+        return _averaged(cohort, "lora-mean")
 
     return Stage("lora-mean", Cohort, Delta, pure(apply), proves=mean().proves)
 
@@ -48,14 +46,17 @@ def lora_exact() -> Rule:
     FedEx-LoRA (Singhal et al. 2025): the residual is mean(B A) - mean(B) mean(A). Here it has
     (N - 1) R columns of factors: with H an orthonormal basis of what is orthogonal to sqrt(w), it
     is sum_j b_j a_j for b_j = sum_i H_ji sqrt(w_i) B_i and a_j alike. Exact to the rounding of
-    float32. O(N^2 D) time, memory of one module of N deltas.
+    float32. O(N^2 D) time, memory of one module of N deltas. A stage before it that judges products
+    is refused: a liar who sends (k A, B / k) would choose the scale of the factors that all train
+    on; `lora-svd` sets it anew.
     """
 
     def apply(cohort: Cohort) -> Delta:
         pairs, (rows, shares) = _pairs(cohort, "lora-exact"), terms(cohort)
+        delta = _averaged(cohort, "lora-exact")
         mix = _residual_mix(shares)
         fold = {pair.module: _residual(pair, rows, mix) for pair in pairs}
-        return replace(_averaged(cohort), fold=fold)
+        return replace(delta, fold=fold)
 
     return Stage("lora-exact", Cohort, Delta, pure(apply))
 
@@ -70,7 +71,7 @@ def lora_stack() -> Rule:
 
     def apply(state: State, cohort: Cohort, generator: torch.Generator) -> tuple[Delta, State]:
         pairs, (rows, shares) = _pairs(cohort, "lora-stack"), terms(cohort)
-        delta = _averaged(cohort)
+        delta = summed(cohort)  # whose factors are replaced below
         fold = {pair.module: _stack(pair, cohort.base_D, rows, shares) for pair in pairs}
         for pair in pairs:
             (a, b), (base_a, base_b) = pair.factors(delta.vector_D), pair.factors(cohort.base_D)
@@ -91,7 +92,7 @@ def lora_freeze_a() -> Rule:
 
     def apply(cohort: Cohort) -> Delta:
         check_layout("lora-freeze-a", cohort.layout)
-        return _held(_averaged(cohort), "A")
+        return _held(_averaged(cohort, "lora-freeze-a"), "A")
 
     return Stage("lora-freeze-a", Cohort, Delta, pure(apply), proves=mean().proves)
 
@@ -109,7 +110,8 @@ def lora_alternate() -> Rule:
     def apply(state: State, cohort: Cohort, generator: torch.Generator) -> tuple[Delta, State]:
         check_layout("lora-alternate", cohort.layout)
         rounds = state["rounds"] + 1
-        return _held(_averaged(cohort), frozen_factor(int(rounds))), {"rounds": rounds}
+        averaged = _averaged(cohort, "lora-alternate")
+        return _held(averaged, frozen_factor(int(rounds))), {"rounds": rounds}
 
     return Stage("lora-alternate", Cohort, Delta, apply, init, mean().proves)
 
@@ -125,7 +127,7 @@ def lora_share_a() -> Rule:
     def apply(cohort: Cohort) -> Delta:
         if not any(side(name) == "A" for name in cohort.layout.names):
             raise _misfit("lora-share-a", "no factor A")
-        return _held(_averaged(cohort), "B")
+        return _held(_averaged(cohort, "lora-share-a"), "B")
 
     return Stage("lora-share-a", Cohort, Delta, pure(apply), proves=mean().proves)
 
@@ -174,39 +176,30 @@ def check_ranks(rule: str, ranks: str) -> None:
         )
 
 
-def check_server_optimizer(rule: str, server_optimizer: str) -> None:
-    """Refuse a server optimiser that would undo what the rule is for; raises ConfigError."""
-    if rule in _EXACT and server_optimizer != "none":
-        raise ConfigError(
-            f"Expected strategy.server-optimizer='none' with strategy.rule={rule!r}, got "
-            f"{server_optimizer!r}, which would move the factors away from what is exact; set it "
-            "to 'none', or pick strategy.rule='lora-mean'."
-        )
-
-
 def terms(cohort: Cohort) -> tuple[Sequence[Tensor], Tensor]:
     """Updates (D,) and their shares, float64 with sum 1, of which the aggregate is the mean.
 
+    The share of the payload as it was is negative where updates are lengthened, as by `fltrust`.
     Of a mixed cohort these are the sites' own updates: products are averaged, not mixed factors.
     Rows that lie on disk stay there, so that only one module of all sites is in memory at a time.
     """
     rows, shares_N = cohort.source.rows, cohort.coefficients_S
     rest = 1.0 - float(shares_N.sum())
-    if rest > 1e-6:  # a mix that shortens leaves the rest with the payload as it was
+    if abs(rest) > 1e-6:  # a mix that shortens leaves the rest with the payload as it was
         own, still_D = rows, torch.zeros(cohort.layout.size)
         rows = LazyRows(len(own) + 1, lambda i: own[i] if i < len(own) else still_D)
         shares_N = torch.cat([shares_N, torch.tensor([rest], dtype=torch.float64)])
-    if bool((shares_N < 0).any()):
-        raise CohortError(
-            "Expected averages of the sites' updates under a rule for LoRA, got a negative "
-            "coefficient; leave out the stage before it (strategy.pre)."
-        )
     return rows, shares_N.div_(shares_N.sum())
 
 
-def _averaged(cohort: Cohort) -> Delta:
-    delta, _ = mean().apply({}, cohort, torch.Generator())
-    return delta
+def _averaged(cohort: Cohort, rule: str) -> Delta:
+    if cohort.judged and structure(cohort.layout).pairs:
+        raise CohortError(
+            f"Expected updates whose products B A nothing has judged for {rule}, which adds A and "
+            "B up apart, got some that passed as products, whatever the scale of their factors; "
+            "leave out the stage that judges (strategy.pre), or set strategy.rule='lora-svd'."
+        )
+    return summed(cohort)
 
 
 def _held(delta: Delta, factor: str) -> Delta:
@@ -233,6 +226,11 @@ def _misfit(rule: str, got: str) -> ConfigError:
 
 def _residual_mix(shares_N: Tensor) -> Tensor:
     """H diag(sqrt(w)), shape (N - 1, N): H has orthonormal rows orthogonal to sqrt(w)."""
+    if bool((shares_N < 0).any()):
+        raise CohortError(
+            "Expected averages of the sites' updates for lora-exact, got a negative coefficient; "
+            "leave out the stage before it (strategy.pre), or set strategy.rule='lora-svd'."
+        )
     root = shares_N.sqrt()
     basis, _ = torch.linalg.qr(root[:, None], mode="complete")
     mix: Tensor = basis[:, 1:].T * root

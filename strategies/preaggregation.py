@@ -17,12 +17,13 @@ from strategies.stage import Pre, Stage, State, pure
 def nnm(*, num_byzantine: NumByzantine = 1) -> Pre:
     """Nearest-neighbour mixing (Allouah et al. 2023, Algorithm 2): mean of the N-f nearest.
 
-    Each update becomes the mean of the N-f updates closest to it, itself among them, with
-    f = `num_byzantine`; ties go to the site whose name comes first. Sites count alike from here
-    on: their weights are dropped. Pulls honest updates that differ together, so that the rule
-    after it resists with heterogeneous data; while at most f of N >= 2f+1 sites lie, an honest
-    update moves by at most the largest distance between two honest ones. LoRA factors: distances
-    and means are those of the products. O(N^2 D) time. Raises CohortError for fewer sites.
+    Each update becomes the mean of the N-f updates closest to it, itself among them, with f =
+    `num_byzantine`; ties go to the site whose name comes first. Sites count alike from here on:
+    their weights are dropped. Pulls honest updates that differ together, so that the rule after it
+    resists with heterogeneous data; while at most f of N >= 2f+1 sites lie, an honest update moves
+    by at most the largest distance between two honest ones. LoRA factors: distances and means are
+    those of the products, so that no rule by coordinates may follow. O(N^2 D) time. Raises
+    CohortError for fewer sites.
     """
 
     def requires(count: int, caught: int = 0) -> int:
@@ -35,7 +36,8 @@ def nnm(*, num_byzantine: NumByzantine = 1) -> Pre:
         nearest = distances_NN.sort(dim=1, stable=True).indices[:, :kept]
         mix_NN = torch.zeros(count, count, dtype=torch.float64)
         mix_NN.scatter_(1, nearest, 1.0 / kept)
-        return cohort.mixed(mix_NN, weights_M=torch.full((count,), 1.0 / count))
+        even = torch.full((count,), 1.0 / count)
+        return cohort.mixed(mix_NN, weights_M=even, judged=True)
 
     return Stage("nnm", Cohort, Cohort, pure(apply), requires=requires)
 

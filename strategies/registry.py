@@ -22,6 +22,7 @@ from strategies import (
     preaggregation,
     rules,
     server_optimizers,
+    together,
     trust,
     weighers,
 )
@@ -112,9 +113,12 @@ def compose(
             raise ConfigError(f"Expected no options for {stages}, got {odd!r}; leave it out.")
         raise unknown(f"option of {stages}:", odd, known)
     optimizer = _pick("strategy.server-optimizer", server_optimizer, SERVER_OPTIMIZERS)
-    lora.check_server_optimizer(rule, server_optimizer)
+    together.check(rule, pre, server_optimizer)
+    known_pre = dict(PRE)
+    if together.by_products(rule, pre):
+        known_pre["clip"] = rules.clip_products
     before: list[Pre | Rule] = [
-        *(_make(_pick("strategy.pre", name, PRE), options) for name in pre),
+        *(_make(_pick("strategy.pre", name, known_pre), options) for name in pre),
         _make(_pick("strategy.rule", rule, RULES), options),
     ]
     post = _make(optimizer, options, prefix="server_")

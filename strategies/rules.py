@@ -8,10 +8,12 @@ from typing import Annotated, TypeAlias
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from strategies.cohort import Cohort, Delta, norm
+from strategies.combine import combined
+from strategies.geometry import lengths
 from strategies.mixing import weighted_sum
+from strategies.product import structure
 from strategies.stage import Facts, Pre, Rule, Stage, chain, pure
 
 ClipNorm: TypeAlias = Annotated[float, Field(gt=0)]
@@ -26,12 +28,20 @@ def mean() -> Rule:
 
     Reads one row at a time, in the order of site names: O(N D) time, memory of two deltas.
     Breakdown point 0: one site can move it anywhere within the gate's bound. Without one site's
-    delta, the weights of the others fixed, it moves by at most clip * max_weight.
+    delta, the weights of the others fixed, it moves by at most clip * max_weight. LoRA factors: A
+    and B apart, but after a stage that judges products, such as `nnm` or `multi-krum`, the mean of
+    products cut to the payload's rank, as in `lora-svd`.
     """
     return Stage("mean", Cohort, Delta, pure(_mean), proves=_mean_proves)
 
 
 def _mean(cohort: Cohort) -> Delta:
+    # Nothing is proved after a stage that judges, so that no proof is lost here.
+    return combined(cohort) if cohort.judged else summed(cohort)
+
+
+def summed(cohort: Cohort) -> Delta:
+    """The weighted mean of the deltas, coordinate by coordinate, whatever they are."""
     source = cohort.source
     total_D = weighted_sum(source.rows, cohort.coefficients_S.tolist(), source.layout.size)
     return Delta(total_D, cohort.layout)
@@ -58,11 +68,24 @@ def norm_bounding(*, clip_norm: ClipNorm) -> Rule:
 def clip(*, clip_norm: ClipNorm) -> Pre:
     """Scale every delta to an L2 norm of at most `clip_norm` (McMahan et al. 2018, section 2.2).
 
-    Deltas within the bound keep their bits. O(N D) time, one delta of memory.
+    Deltas within the bound keep their bits. O(N D) time, one delta of memory. LoRA factors: where
+    products are judged or added up, the norm of the product that a delta adds, times alpha / rank,
+    is held to the bound as well, since factors of norm 1 can multiply to more.
     """
+    return _clip(clip_norm, False)
 
+
+def clip_products(*, clip_norm: ClipNorm) -> Pre:
+    """`clip` before stages and rules that take LoRA factors by their products."""
+    return _clip(clip_norm, True)
+
+
+def _clip(clip_norm: float, products: bool) -> Pre:
     def apply(cohort: Cohort) -> Cohort:
-        factors = [_factor(row, clip_norm) for row in cohort.rows]
+        factors = [_factor(norm(row), clip_norm) for row in cohort.rows]
+        if (products or cohort.judged) and structure(cohort.layout).pairs:
+            moved = (_factor(length, clip_norm) for length in lengths(cohort).tolist())
+            factors = list(map(min, factors, moved))
         scaled = cohort.mixed(torch.diag(torch.tensor(factors, dtype=torch.float64)))
         return replace(scaled, clip=_tighter(cohort.clip, clip_norm))
 
@@ -72,8 +95,7 @@ def clip(*, clip_norm: ClipNorm) -> Pre:
     return Stage("clip", Cohort, Cohort, pure(apply), proves=proves)
 
 
-def _factor(row_D: Tensor, bound: float) -> float:
-    length = norm(row_D)
+def _factor(length: float, bound: float) -> float:
     return 1.0 if length <= bound else bound / length * _ROUNDING
 
 

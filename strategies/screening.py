@@ -34,13 +34,13 @@ def module_screen(
     """Leave out sites whose update of some module is far larger than that of the other sites.
 
     For each tensor, and for each pair of LoRA factors in product space, the norms of all sites are
-    compared by the modified z-score of Iglewicz and Hoaglin 1993, (x - median) / (1.4826 MAD);
-    the MAD counts as at least a tenth of the median. Only large norms count: a small update moves
-    little. The f = `num_byzantine` worst sites beyond `screen_threshold` in any module are left
-    out, which the report says with the module; weights of the others are scaled to sum to 1. Not
-    from a paper; breakdown point f / N against updates of any size, for N >= 2f+1, but none
-    against those of an honest size. O(N D) time, for LoRA O(N R^2 (I + O)) a module, one row in
-    memory. Raises CohortError for fewer sites.
+    compared by the modified z-score of Iglewicz and Hoaglin 1993, (x - median) / (1.4826 MAD); the
+    MAD counts as at least a tenth of the median. Only large norms count: a small update moves
+    little. It comes first in `strategy.pre`, while each row is one site's. The f = `num_byzantine`
+    worst sites beyond `screen_threshold` in any module are left out, which the report says with the
+    module; weights of the others are scaled to sum to 1. Not from a paper; breakdown point f / N
+    against updates of any size, for N >= 2f+1, but none against those of an honest size. O(N D)
+    time, for LoRA O(N R^2 (I + O)) a module, one row in memory. Raises CohortError for fewer sites.
     """
 
     def requires(count: int, caught: int = 0) -> int:
@@ -59,7 +59,7 @@ def module_screen(
             for index in ranked
             if worst_N[index] > screen_threshold
         }
-        return _without(cohort, out) if out else cohort
+        return _without(cohort, out) if out else replace(cohort, judged=True)
 
     return Stage("module-screen", Cohort, Cohort, pure(apply), requires=requires)
 
@@ -70,7 +70,7 @@ def _without(cohort: Cohort, out: Mapping[int, str]) -> Cohort:
     weights = cohort.weights_N[kept].double()
     names = [cohort.names[index] for index in kept]
     left_out = {cohort.names[index]: reason for index, reason in out.items()}
-    rest = cohort.mixed(picks, names, weights / weights.sum())
+    rest = cohort.mixed(picks, names, weights / weights.sum(), judged=True)
     return replace(rest, left_out={**cohort.left_out, **left_out})
 
 

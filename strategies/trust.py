@@ -98,7 +98,7 @@ def _scored(cohort: Cohort, scores: Tensor, scales: Tensor) -> Cohort:
     if total <= 0.0:
         count = len(cohort.names)
         even = torch.full((count,), 1.0 / count)
-        return cohort.mixed(torch.zeros(count, count), weights_M=even)
+        return cohort.mixed(torch.zeros(count, count), weights_M=even, judged=True)
     return reweighted(cohort.mixed(torch.diag(scales)), scores / total)
 
 

@@ -101,7 +101,7 @@ def _selected(cohort: Cohort, indices: list[int]) -> Cohort:
     count = len(indices)
     picks = torch.eye(len(cohort.names), dtype=torch.float64)[indices]
     names = [cohort.names[index] for index in indices]
-    return cohort.mixed(picks, names, torch.full((count,), 1.0 / count))
+    return cohort.mixed(picks, names, torch.full((count,), 1.0 / count), judged=True)
 
 
 def geometric_median(*, iterations: Count = 100, smoothing: Positive = 1e-6) -> Pre:
@@ -128,6 +128,6 @@ def geometric_median(*, iterations: Count = 100, smoothing: Positive = 1e-6) -> 
 
 
 def reweighted(cohort: Cohort, weights_N: Tensor) -> Cohort:
-    """The same updates with other weights, which sum to 1."""
+    """The same updates with other weights, which sum to 1 and come from judging them."""
     same = torch.eye(len(cohort.names), dtype=torch.float64)
-    return cohort.mixed(same, weights_M=weights_N)
+    return cohort.mixed(same, weights_M=weights_N, judged=True)

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from flower_app import generate
+from flower_app import compose, generate
 from flower_app import run as server
-from flower_app.config import parse
+from flower_app.config import defaults, parse
 from models.section import ConfigError
 from strategies.messages import decode_all
 from tests.fakes import FakeGrid, at_the_server
@@ -153,6 +153,41 @@ def test_a_payload_that_the_rule_cannot_aggregate_ends_the_run_before_it_begins(
         simulate(nodes, "runs", "lora-exact", payload__options='{"use_dora": true}')
     with pytest.raises(ConfigError, match=r"payload\.kind='lora' with .*'lora-mean', got 'prefix'"):
         simulate(nodes, "runs", "lora-mean", payload__kind="prefix")
+
+
+LIARS = {"strategy.pre": "nnm", "strategy.rule": "median"}
+MOMENTUM = {"strategy.server-optimizer": "momentum"}
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (LIARS, r"single sites for strategy\.rule='median' with LoRA factors"),
+        (LIARS | {"payload.kind": "split"}, r"single sites .* with LoRA factors"),
+        ({"strategy.rule": "lora-svd"} | MOMENTUM, r"'none' with LoRA factors and lora-svd"),
+        ({"strategy.pre": "nnm"} | MOMENTUM, r"'none' with LoRA factors and nnm\+mean"),
+        (LIARS | {"strategy.rule": "lora-exact"}, r"no stage that judges .*'lora-exact'"),
+        ({"strategy.pre": "clip,module-screen"}, r"'module-screen' first in strategy\.pre"),
+    ],
+)
+def test_stages_that_do_not_go_with_factors_are_refused(keys: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        compose.check_names(parse({**defaults(), **keys}))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"payload.kind": "soft-prompt"},
+        {"payload.personal": "lora_B"},
+        {
+            "payload.kind": "split",
+            **dict.fromkeys(("split.head", "split.middle", "split.tail"), "full"),
+        },
+    ],
+)
+def test_without_pairs_of_factors_they_do(other: dict[str, str]) -> None:
+    compose.check_names(parse({**defaults(), **LIARS, **MOMENTUM, **other}))
 
 
 def test_with_a_frozen_only_b_travels_and_the_adapter_holds_both(nodes: Nodes) -> None:

@@ -1,0 +1,275 @@
+"""Chains of stages on LoRA factors: what a liar gains by (k A, B / k), and what is refused."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from models.layout import Layout
+from models.section import ConfigError
+from strategies import aggregate, fold, registry, together
+from strategies.cohort import Cohort, CohortError, norm
+from strategies.coordinates import median, trimmed_mean
+from strategies.lora import lora_alternate, lora_exact, lora_mean
+from strategies.preaggregation import bucketing, nnm
+from strategies.product import structure
+from strategies.rules import mean
+from strategies.screening import module_screen
+from strategies.stage import Rule, chain
+from strategies.weighers import multi_krum
+from tests.strategies.cohorts import prepared, result
+from tests.strategies.lora import LORA, PAIRS, lora_cohort, products, update
+
+SEEDS = st.integers(0, 10_000)
+ROOT = lora_cohort(77, 1).rows[0]
+SITES = 7
+
+
+def options(rule: str, *pre: str, **values: object) -> dict[str, object]:
+    known = {"clip_norm": 3.0, "num_byzantine": 1} | values
+    return {name: known[name] for name in registry.options_of(rule, pre) if name in known}
+
+
+def made(rule: str, *pre: str, **values: object) -> Rule:
+    return registry.compose(rule, pre, options=options(rule, *pre, **values))
+
+
+def trusting(cohort: Cohort) -> Cohort:
+    return replace(cohort, trusted_D=ROOT)
+
+
+def moved(rule: Rule, cohort: Cohort) -> Tensor:
+    """What a rule adds to the products of a layout with pairs, its fold included, dense."""
+    generator = torch.Generator().manual_seed(0)
+    delta, _ = rule.apply(rule.init(LORA.size), cohort, generator)
+    folded = fold.accumulated({}, delta.fold)
+    base, new = (LORA.unflatten(v) for v in (cohort.base_D, cohort.base_D + delta.vector_D))
+    parts = []
+    for (a, b), pair in zip(PAIRS, structure(LORA).pairs, strict=True):
+        part = new[b].double() @ new[a].double() - base[b].double() @ base[a].double()
+        for name, whole in folded.items():
+            if name == f"{pair.module}.lora_fold.weight":
+                part = part + whole.double()
+            if name == f"{pair.module}.lora_fold_A.weight":
+                part = part + folded[name.replace("_A", "_B")].double() @ whole.double()
+        parts.append(part.flatten() * cohort.lora_scale)
+    head = new["head.weight"].double() - base["head.weight"].double()
+    return torch.cat([*parts, head.flatten()])
+
+
+def test_the_stages_that_judge_are_those_that_say_so() -> None:
+    cohort = trusting(lora_cohort(0, SITES))
+    for name in registry.PRE:
+        stage = registry.PRE[name](**options("mean", name))
+        assert prepared(stage, cohort).judged is (name in together.JUDGING), name
+        # What is said stays said, whatever stage comes after it.
+        assert prepared(stage, replace(cohort, judged=True)).judged
+    assert set(together.JUDGING) >= set(registry.WEIGHERS)
+
+
+@pytest.mark.parametrize("pre", together.JUDGING)
+@pytest.mark.parametrize("k", [-1.0, 1000.0])
+def test_a_mean_after_a_stage_that_judges_believes_no_scale_of_factors(pre: str, k: float) -> None:
+    plain, turned = (
+        trusting(lora_cohort(3, SITES, gauge=gauge)) for gauge in ([], [1.0, k, 1.0, k])
+    )
+    stage = made("mean", pre)
+    wanted, got = moved(stage, plain), moved(stage, turned)
+    assert float((got - wanted).norm()) <= 2e-3 * float(wanted.norm())
+    # A bound on the norm of factors shortens what is scaled, and never moves further than it says:
+    # the best approximation of a product is as near to it as the product before the round.
+    assert float(moved(made("norm-bounding", pre), turned).norm()) <= 2 * 3.0
+    # By coordinates the same attack would have won.
+    apart = moved(mean(), turned) - moved(mean(), plain)
+    assert float(apart.norm()) > 0.1 * float(wanted.norm())
+
+
+@given(SEEDS, st.sampled_from(["", "clip", "bucketing"]))
+@settings(max_examples=15)
+def test_means_of_updates_that_nothing_has_judged_keep_their_bits(seed: int, pre: str) -> None:
+    cohort = lora_cohort(seed, 5)
+    names = [pre] if pre else []
+    mixed = prepared(registry.PRE[pre](**options("mean", pre)), cohort) if pre else cohort
+    rows = torch.stack(list(mixed.rows)).double()
+    wanted = (mixed.weights_N.double()[:, None] * rows).sum(0)
+    got = result(made("mean", *names), cohort).double()
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rule", ["median", "trimmed-mean", "bulyan"])
+@pytest.mark.parametrize(
+    "pre", [("nnm",), ("nnm", "clip"), ("bucketing", "nnm"), ("multi-krum", "nnm")]
+)
+def test_coordinates_of_mixes_that_were_judged_as_products_are_refused(
+    rule: str, pre: tuple[str, ...]
+) -> None:
+    cohort = lora_cohort(0, 16)
+    base, deltas = LORA.unflatten(cohort.base_D), [LORA.unflatten(row) for row in cohort.rows]
+    given_options = options(rule, *pre, num_byzantine=0)
+    with pytest.raises(ConfigError, match=r"single sites .*strategy\.rule='geometric-median'"):
+        aggregate(rule, base, deltas, pre=pre, **given_options)
+    # A chain that was put together by hand finds out when it meets the factors.
+    with pytest.raises(CohortError, match=r"single sites .*use geometric-median, multi-krum"):
+        result(made(rule, *pre, num_byzantine=0), cohort)
+    without = [{"head.weight": delta["head.weight"]} for delta in deltas]
+    aggregate(rule, {"head.weight": base["head.weight"]}, without, pre=pre, **given_options)
+
+
+@pytest.mark.parametrize("last", [median(), trimmed_mean()])
+def test_coordinates_of_chosen_sites_and_of_plain_buckets_are_let_through(last: Rule) -> None:
+    honest = torch.randn(LORA.size, generator=torch.Generator().manual_seed(5))
+    base_D = lora_cohort(0, 1).base_D
+    rows = [
+        honest + 0.01 * torch.randn(LORA.size, generator=torch.Generator().manual_seed(i))
+        for i in range(8)
+    ]
+    liar = {
+        name: tensor * (1e3 if "_A" in name else 1e-3 if "_B" in name else 1)
+        for name, tensor in LORA.unflatten(base_D + rows[0]).items()
+    }
+    rows[0] = LORA.flatten(liar) - base_D
+    cohort = Cohort.of(LORA, base_D, {str(index): row for index, row in enumerate(rows)})
+    for before in (multi_krum(), bucketing(bucket_size=2), module_screen()):
+        assert norm(result(chain(before, last), cohort) - honest) < 0.2 * norm(honest)
+
+
+@pytest.mark.parametrize("rule", ["lora-mean", "lora-exact", "lora-alternate"])
+@pytest.mark.parametrize("pre", ["multi-krum", "module-screen,multi-krum", "fltrust", "nnm"])
+def test_rules_that_add_factors_up_apart_are_refused_after_a_stage_that_judges(
+    rule: str, pre: str
+) -> None:
+    wanted = f"no stage that judges products .*strategy.rule='{rule}', got strategy.pre='{pre}'"
+    with pytest.raises(ConfigError, match=wanted + ".*set strategy.rule='lora-svd'"):
+        registry.compose(rule, registry.split_names(pre))
+
+
+@pytest.mark.parametrize("rule", [lora_mean(), lora_exact(), lora_alternate()])
+def test_so_are_chains_of_them_that_were_put_together_by_hand(rule: Rule) -> None:
+    with pytest.raises(CohortError, match=r"B A nothing has judged for lora-"):
+        result(chain(nnm(), rule), lora_cohort(0, 5))
+
+
+CLOSING = ("lora-svd", "lora-stack", "krum", "geometric-median", "centered-clipping")
+
+
+@pytest.mark.parametrize("rule", ["lora-exact", *CLOSING])
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_clip_bounds_what_the_product_of_factors_moves(rule: str, scale: float) -> None:
+    # Factors as long as the gate lets through, in one direction, so that the product is huge.
+    base_D = 0.1 * lora_cohort(0, 1).base_D
+    bad = {name: torch.zeros(shape) for name, shape in zip(LORA.names, LORA.shapes, strict=True)}
+    for a, b in PAIRS:
+        bad[a][0], bad[b][:, 0] = 2000.0, 2000.0
+    deltas = {name: LORA.flatten(bad) for name in "abcde"}
+    cohort = replace(Cohort.of(LORA, base_D, deltas), lora_scale=scale)
+    assert float(moved(made("lora-svd"), cohort).norm()) > 1e6
+    values = {"clip_radius": 1e9, "num_byzantine": 1}
+    got = float(moved(made(rule, "clip", clip_norm=1.5, **values), cohort).norm())
+    # The best approximation of the payload's rank is no further away than what it approximates.
+    assert 0 < got <= (1.5 if rule in ("lora-exact", "lora-stack") else 3.0) * (1 + 1e-4)
+
+
+@given(SEEDS, st.sampled_from([1e-3, 1.0, 3.0]), st.floats(0.1, 30.0))
+@settings(max_examples=25)
+def test_clipped_factors_are_within_the_bound_and_so_are_their_products(
+    seed: int, share: float, bound: float
+) -> None:
+    cohort = lora_cohort(seed, 4, lora_scale=2.0).mixed(share * torch.eye(4))
+    scaled = prepared(registry.rules.clip_products(clip_norm=bound), cohort)
+    assert scaled.clip == bound
+    assert all(norm(row) <= bound for row in scaled.rows)
+    dense = scaled.matrix_NS @ products(lora_cohort(seed, 4, lora_scale=2.0))
+    assert float(dense.norm(dim=1).max()) <= bound * (1 + 1e-6)
+    # Nothing is shortened that is within both.
+    free = (
+        torch.stack([dense.norm(dim=1), torch.tensor([norm(r) for r in scaled.rows])])
+        < 0.999 * bound
+    ).all(0)
+    assert torch.equal(scaled.matrix_NS[free], cohort.matrix_NS[free])
+
+
+def test_clip_before_sums_of_factors_is_what_it_was() -> None:
+    cohort = lora_cohort(1, 4)
+    for rule in ("mean", "median", "lora-mean"):
+        wanted = result(chain(registry.PRE["clip"](clip_norm=3.0), registry.RULES[rule]()), cohort)
+        assert torch.equal(result(made(rule, "clip"), cohort), wanted)
+
+
+@pytest.mark.parametrize("optimizer", ["momentum", "adam", "yogi", "adagrad"])
+@pytest.mark.parametrize(
+    ("rule", "pre"),
+    [
+        *((rule, "") for rule in CLOSING if rule != "lora-stack"),
+        ("multi-krum", ""), ("fltrust", ""), ("foolsgold", ""),
+        ("mean", "nnm"), ("mean", "module-screen"), ("norm-bounding", "clip,multi-krum"),
+    ],
+)  # fmt: skip
+def test_server_optimizers_of_factors_that_are_cut_anew_are_refused(
+    rule: str, pre: str, optimizer: str
+) -> None:
+    cohort = lora_cohort(0, SITES)
+    base, deltas = LORA.unflatten(cohort.base_D), [LORA.unflatten(row) for row in cohort.rows]
+    names = registry.split_names(pre)
+    found = options(rule, *names)
+    with pytest.raises(ConfigError, match=rf"'none' with LoRA factors .*{rule}, got '{optimizer}'"):
+        aggregate(rule, base, deltas, pre=pre, server_optimizer=optimizer, **found)
+    together.check_factors(rule, names, "none")
+    together.check_factors("mean", ("clip",), optimizer)
+    together.check_factors("trimmed-mean", ("multi-krum",), optimizer)
+
+
+def test_a_server_optimizer_of_such_a_rule_would_turn_a_model_that_stands_still() -> None:
+    """Why they are refused: after one update the sites send nothing, and the product moves on."""
+    cohort, zeros = lora_cohort(0, 5), torch.zeros(5, LORA.size)
+    far = []
+    for rule in ("mean", "lora-svd"):
+        stage = registry.compose(
+            rule, (), "momentum", {"server_momentum": 0.0, "server_learning_rate": 0.5}
+        )
+        state, base_D, turned = stage.init(LORA.size), cohort.base_D, []
+        for rows in (cohort.rows, zeros):
+            now = replace(cohort, base_D=base_D, rows=list(rows))
+            delta, state = stage.apply(state, now, torch.Generator())
+            turned.append(update(now, delta.vector_D))
+            base_D = base_D + delta.vector_D
+        far.append(float(turned[1].norm() / turned[0].norm()))
+    assert far[0] == 0.0 and far[1] > 0.2
+
+
+def test_module_screen_comes_first() -> None:
+    for pre in ("bucketing,module-screen", "clip,nnm,module-screen"):
+        with pytest.raises(
+            ConfigError, match=re.escape(f"first in strategy.pre, got '{pre}'; put")
+        ):
+            registry.compose("mean", registry.split_names(pre))
+    registry.compose("mean", ("module-screen", "nnm"))
+
+
+@given(SEEDS, st.floats(0.01, 10.0))
+@settings(max_examples=25)
+def test_after_fltrust_lora_stack_adds_the_products_whatever_they_are_scaled_by(
+    seed: int, length: float
+) -> None:
+    cohort = lora_cohort(seed, 5)
+    # Like the sites' own updates, so that some of them count, and longer or shorter.
+    root = length * torch.stack(list(cohort.rows)).mean(0)
+    cohort = replace(cohort, trusted_D=root)
+    judged = prepared(registry.PRE["fltrust"](), cohort)
+    wanted = judged.coefficients_S @ products(cohort)
+    got = moved(made("lora-stack", "fltrust"), cohort)
+    assert float((got - wanted).norm()) <= 1e-4 * max(1.0, float(wanted.norm()))
+
+
+def test_layouts_without_pairs_go_with_everything() -> None:
+    layout = Layout(("w",), ((4,),))
+    rows = torch.randn(7, 4, generator=torch.Generator().manual_seed(0))
+    base, deltas = layout.unflatten(torch.zeros(4)), [layout.unflatten(row) for row in rows]
+    for rule, pre in (("median", "nnm"), ("krum", ""), ("mean", "nnm")):
+        kept = options(rule, *registry.split_names(pre))
+        aggregate(rule, base, deltas, pre=pre, server_optimizer="momentum", **kept)
