@@ -184,7 +184,9 @@ def test_a_start_at_zero_does_not_hide_a_wrong_gradient(payload_of: Payloads) ->
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_model_s_own_dropout_does_not_disturb_the_check(payload_of: Payloads, method: str) -> None:
+def test_the_model_s_own_dropout_does_not_disturb_the_check(
+    payload_of: Payloads, method: str
+) -> None:
     payload = payload_of("full", "bert", "classification", dropped=0.5)
     check(payload, METHODS[method], "classification")
 
