@@ -5,13 +5,19 @@ from __future__ import annotations
 import datetime
 import os
 import secrets
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+)
 from cryptography.x509.oid import NameOID
 
 from models.section import ConfigError
@@ -94,9 +100,48 @@ HOST = "florilegium"  # what every certificate is for: who it is, is decided by 
 
 def fingerprint(certificate: bytes) -> str:
     """SHA-256 of a PEM certificate, in hex; raises ConfigError for what is none."""
+    return _parsed(certificate).fingerprint(hashes.SHA256()).hex()
+
+
+def public_form(certificate: bytes) -> bytes:
+    """A certificate as PEM with nothing beside it; raises ConfigError for none that `Identity` has.
+
+    Certificates of sites are joined to one text of roots: what else one brings would be read there.
+    """
+    found = _parsed(certificate)
     try:
-        return x509.load_pem_x509_certificate(certificate).fingerprint(hashes.SHA256()).hex()
-    except ValueError:
-        raise ConfigError(
-            "Expected a certificate in PEM form, got something else; use the same version."
-        ) from None
+        key = found.public_key()
+        found.verify_directly_issued_by(found)
+        list(found.extensions)  # read when asked for, and may then turn out to be nonsense
+    except Exception:
+        raise _unusable() from None
+    if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
+        raise _unusable()
+    return found.public_bytes(Encoding.PEM)
+
+
+def clash(certificate: bytes, others: Iterable[bytes]) -> bool:
+    """Whether a certificate has the name or the key of another one, and may be taken for it."""
+    own = _marks(certificate)
+    return any(own & _marks(other) for other in others)
+
+
+def _marks(certificate: bytes) -> set[bytes]:
+    found = _parsed(certificate)
+    key = found.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    return {b"name" + found.subject.public_bytes(), b"key" + key}
+
+
+def _parsed(certificate: bytes) -> x509.Certificate:
+    """The first certificate in a text of PEM; raises ConfigError."""
+    try:
+        return x509.load_pem_x509_certificate(certificate)
+    except Exception:  # the parser has many errors, not all of one kind, and the bytes are a peer's
+        raise _unusable() from None
+
+
+def _unusable() -> ConfigError:
+    return ConfigError(
+        "Expected a certificate in PEM form that signs itself with a P-256 key, got something "
+        "else; use the same version."
+    )

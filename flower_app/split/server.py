@@ -20,7 +20,7 @@ from models.split.messages import Kind, Message
 from models.split.middle import MiddleWorker
 from models.split.schedule import Round
 from models.split.step import SplitError
-from privacy.tls import Identity, fingerprint
+from privacy.tls import Identity, clash, public_form
 from strategies import aggregate
 from strategies.exchange import Ask, Decoded, Exchange, Intake, Parcel, Received
 from strategies.gate import Reply
@@ -85,11 +85,15 @@ class SplitServer:
             try:
                 if not isinstance(public, bytes):
                     raise ConfigError(str(answer.get("error", "Expected a certificate, got none.")))
-                fingerprint(public)
+                own = public_form(public)
+                if clash(own, [self._identity.certificate, *self._known.values()]):
+                    raise ConfigError(
+                        "Expected a key and a certificate of this site alone, got another one's."
+                    )
             except ConfigError as error:
                 failed[site] = str(error)
             else:
-                self._known[site] = public
+                self._known[site] = own
         self._stream.admit(self._known)
         return failed
 

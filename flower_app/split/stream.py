@@ -15,7 +15,7 @@ import grpc
 from flwr.common.logger import log
 
 from models.section import ConfigError
-from privacy.tls import HOST, Identity, fingerprint
+from privacy.tls import HOST, Identity, clash, fingerprint, public_form
 
 _SERVICE, _METHOD = "florilegium.Split", "Frames"
 _PATH = f"/{_SERVICE}/{_METHOD}"
@@ -75,10 +75,22 @@ class StreamServer:
         self._server.start()
 
     def admit(self, sites: Mapping[str, bytes]) -> None:
-        """Serve these sites and no others from now on; streams that are open stay."""
-        self._sites = {fingerprint(certificate): site for site, certificate in sites.items()}
+        """Serve these sites and no others from now on; streams that are open stay.
+
+        Raises ConfigError for a certificate that cannot be used, or might be taken for another.
+        """
+        there: dict[str, bytes] = {}
+        for site, certificate in sites.items():
+            own = public_form(certificate)
+            if clash(own, [self._identity.certificate, *there.values()]):
+                raise ConfigError(
+                    f"Expected a certificate and a key of {site!r} alone, got another one's; make "
+                    "new ones."
+                )
+            there[site] = own
+        self._sites = {fingerprint(certificate): site for site, certificate in there.items()}
         # Nobody has the key of the server's own certificate but the server itself.
-        roots = b"".join(sites.values()) or self._identity.certificate
+        roots = b"".join(there.values()) or self._identity.certificate
         self._configuration = grpc.ssl_server_certificate_configuration(
             [(self._identity.key, self._identity.certificate)], root_certificates=roots
         )

@@ -35,6 +35,7 @@ from strategies.flower import RoundError
 from tests.fakes import Answer, FakeGrid
 from tests.flower_app.nodes import NAMES, Nodes
 from tests.flower_app.runs import Killed, bytes_below, deploy, killed_in, rows, run, simulate
+from tests.flower_app.split.test_stream import of_no_known_version
 from tests.models.split.families import tiny
 
 SPLIT: dict[str, Any] = {"payload__kind": "split", "split__wire": "fp32"}
@@ -249,6 +250,34 @@ def _without_a_key(site: Any, question: Message) -> Iterable[Answer]:
         if question.metadata.message_type == "query.split_key":
             answer.report = {"error": "no key here"}
         yield answer
+
+
+@pytest.mark.parametrize("wrong", ["version", "twin"])
+def test_a_certificate_that_cannot_be_used_fails_its_own_site(nodes: Nodes, wrong: str) -> None:
+    keys = SPLIT | {"run__rounds": 1, "strategy__min_sites": 2, "run__quorum": 0.5}
+    grid = nodes.grid(*map(nodes.simulated, range(3)), **keys)
+    seen: list[bytes] = []
+
+    def spoiling(site: Any, question: Message) -> Iterable[Answer]:
+        for answer in site(question):
+            if question.metadata.message_type == "query.split_key":
+                assert answer.report and isinstance(answer.report["certificate"], bytes)
+                seen.append(answer.report["certificate"])
+                if wrong == "version" and question.metadata.dst_node_id == 3:
+                    answer.report["certificate"] = of_no_known_version(seen[-1])
+                elif wrong == "twin" and len(seen) > 1:
+                    answer.report["certificate"] = seen[0]
+            yield answer
+
+    for node, site in grid.sites.items():
+        grid.sites[node] = partial(spoiling, site)
+    if wrong == "twin":  # two of them have that of the third: only that one has a stream
+        keys |= {"run__quorum": 0.3, "strategy__min_sites": 1}
+    folder = run(nodes, grid, **keys, run__output_dir=str(nodes.folder / wrong))
+    status = [row["status"] for row in rows(folder, "site")]
+    assert sorted(status) == (
+        ["failed", "ok", "ok"] if wrong == "version" else ["failed"] * 2 + ["ok"]
+    )
 
 
 def test_a_middle_that_is_not_finite_is_not_kept() -> None:

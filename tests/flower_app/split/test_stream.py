@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import base64
+import datetime
 import socket
 import ssl
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from flower_app.bench.proxy import DelayingProxy
 from flower_app.split.stream import Frames, StreamError, StreamServer, exchange
 from models.section import ConfigError
-from privacy.tls import HOST, Identity, fingerprint
+from privacy.tls import HOST, Identity, clash, fingerprint, public_form
 
 SECRET = b"patient 4711 has a cough and " * 20
 MOST = 100_000
@@ -76,6 +83,67 @@ def test_a_site_cannot_vouch_for_another_key(tmp_path: Path, keys: dict[str, Ide
         running._sites.pop(fingerprint(keys["south"].certificate))
         with pytest.raises(StreamError, match="UNAUTHENTICATED: Expected a certificate of this"):
             ask(running, keys, "south", b"abc")
+
+
+def of_no_known_version(certificate: bytes) -> bytes:
+    """The same with version 6 in it."""
+    lines = certificate.decode().splitlines()
+    der = base64.b64decode("".join(lines[1:-1]))
+    at = der.index(bytes.fromhex("a003020102"))
+    other = base64.encodebytes(der[:at] + bytes.fromhex("a003020105") + der[at + 5 :])
+    return b"\n".join([lines[0].encode(), other.strip(), lines[-1].encode(), b""])
+
+
+BOGUS = b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("spoil", [bytes.rstrip, lambda pem: pem + BOGUS], ids=["bare", "more"])
+def test_how_a_certificate_is_written_locks_nobody_out(
+    keys: dict[str, Identity], spoil: Any, first: bool
+) -> None:
+    own = {"north": spoil(keys["north"].certificate), "south": keys["south"].certificate}
+    sites = own if first else dict(reversed(own.items()))
+    with StreamServer(keys["server"], sites, reversed_frames, max_bytes=MOST) as running:
+        for name in own:
+            assert ask(running, keys, name, b"abc") == [name.encode() + b":cba"]
+
+
+def test_certificates_that_might_be_taken_for_others_are_refused(keys: dict[str, Identity]) -> None:
+    north = keys["north"].certificate
+    for wrong in (of_no_known_version(north), BOGUS, b"", another_kind_of_key()):
+        with pytest.raises(ConfigError, match="Expected a certificate in PEM form that signs"):
+            public_form(wrong)
+    namesake = of_the_same_name(north)
+    assert clash(namesake, [north]) and not clash(north, [keys["south"].certificate])
+    for other in (north, namesake, keys["server"].certificate):
+        sites = {"north": north, "south": other}
+        with pytest.raises(ConfigError, match="a certificate and a key of 'south' alone"):
+            StreamServer(keys["server"], sites, reversed_frames, max_bytes=MOST)
+
+
+def signed(name: x509.Name, key: Any) -> bytes:
+    now = datetime.datetime.now(datetime.UTC)
+    made = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now)
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .sign(key, hashes.SHA256())
+    )
+    return made.public_bytes(Encoding.PEM)
+
+
+def of_the_same_name(certificate: bytes) -> bytes:
+    name = x509.load_pem_x509_certificate(certificate).subject
+    return signed(name, ec.generate_private_key(ec.SECP256R1()))
+
+
+def another_kind_of_key() -> bytes:
+    return signed(x509.Name([]), ec.generate_private_key(ec.SECP384R1()))
 
 
 @pytest.mark.parametrize("credentials", ["none", "server alone"])
