@@ -152,8 +152,9 @@ _HEAD = """# Configuration
 Every key of the run config. Defaults are declared in `pyproject.toml` under
 `[tool.flwr.app.config]`; change them there, or for one run:
 
-```
-flwr run . --stream --run-config "run.rounds=10 strategy.server-optimizer='adam'"
+```bash
+flwr run . --stream \\
+  --run-config "strategy.server-optimizer='adam' strategy.server-learning-rate=0.01"
 flwr run . --stream --run-config my-run.toml
 ```
 

@@ -54,7 +54,10 @@ class StrategyConfig(Section):
         "treat it as a pseudo-gradient (Reddi et al. 2021).",
     )
     server_learning_rate: float = Field(
-        1.0, gt=0, description="Step size of the server optimiser; `none` uses 1."
+        1.0,
+        gt=0,
+        description="Step size of the server optimiser; `none` uses 1. `adam`, `yogi` and "
+        "`adagrad` move each value by up to about as much in a round: 0.001 to 0.02 suits LoRA.",
     )
     server_momentum: float = Field(0.9, ge=0, lt=1, description="Momentum, beta1 of Adam and Yogi.")
     server_beta2: float = Field(

@@ -166,6 +166,9 @@ def test_documented_runs_are_taken_and_have_enough_sites(words: list[str]) -> No
     mine |= parse_config_args([text for text in overrides if text not in files])
     config = parse(declared() | mine)
     check_names(config)
+    # Steps of the adaptive ones are about as long as the rate, however short an update is.
+    adaptive = config.strategy.server_optimizer in ("adam", "yogi", "adagrad")
+    assert not adaptive or config.strategy.server_learning_rate <= 0.02
     federation = options(words, "--federation-config")
     connection = SuperLinkConnection(name="any", address="127.0.0.1:1")
     simulation = _parse_federation_config_overrides(federation, connection)

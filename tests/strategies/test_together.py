@@ -92,7 +92,7 @@ def test_a_mean_after_a_stage_that_judges_believes_no_scale_of_factors(pre: str,
 
 @given(SEEDS, st.sampled_from(["", "clip", "bucketing"]))
 @settings(max_examples=15)
-def test_means_of_updates_that_nothing_has_judged_keep_their_bits(seed: int, pre: str) -> None:
+def test_means_of_updates_that_nothing_has_judged_add_factors_up_apart(seed: int, pre: str) -> None:
     cohort = lora_cohort(seed, 5)
     names = [pre] if pre else []
     mixed = prepared(registry.PRE[pre](**options("mean", pre)), cohort) if pre else cohort
