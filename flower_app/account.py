@@ -60,11 +60,31 @@ class SiteAccount:
             require_state_path(node, "max-epsilon of this site's policy")
         path = ledger_path(node, plan, site)
         self._ledger = Ledger(path) if path else None
+        self._rounds = Ledger(path.with_name("rounds.jsonl")) if path else None
 
     def admit(self) -> None:
         """Refuse a run that the policy does not allow for what it is; raises PolicyError."""
         if self._policy:
             self._policy.admit(self._request)
+
+    def begin(self, round_: int) -> None:
+        """Refuse to train in a round that the run does not have, or in one too many of it.
+
+        Under `max-rounds` every message that asks for training counts, in a file beside the
+        ledger, since nothing else keeps a server from asking for one round again and again. Raises
+        ConfigError, PolicyError, and LedgerError where it cannot be counted.
+        """
+        last = self._config.run.rounds
+        if not 1 <= round_ <= last:
+            raise ConfigError(f"Expected a round from 1 to run.rounds={last}, got {round_}.")
+        if self._policy and self._policy.max_rounds and self._rounds:
+            asked = Event("none", "record", run=self._run, round=round_, site=self._site)
+            self._rounds.append([asked], self._check_rounds)
+
+    def _check_rounds(self, past: Sequence[Event], new: Sequence[Event]) -> None:
+        assert self._policy
+        mine = [event for event in past if (event.run, event.site) == (self._run, self._site)]
+        self._policy.check_rounds(len(mine) + len(new))
 
     def planned(self, events: Sequence[Event], rounds: int) -> None:
         """Refuse a run that would exceed the policy, given all of its `rounds` still to come.

@@ -175,6 +175,7 @@ def on_train(message: Message, config: Config, node: NodeConfig, state: RecordDi
     layout = compose.travelling(config, payload)
     hidden = secure.outgoing(config, node, message, layout, site)
     account = SiteAccount(config, node, plan, site=site.name, rows=site.rows, base=base.digest)
+    account.begin(round_)
     account.charge(releases(config, site.rows, [round_], len(site.batches), site.candidates))
     loaded = time.perf_counter()
     source = compose.noise_source(config, "split", site.name, round_, "training")

@@ -15,7 +15,7 @@ from torch import Tensor
 from flower_app.config import Config
 from models.layout import Layout
 from models.section import ConfigError
-from privacy.accounting import calibrate
+from privacy.accounting import calibrate, check_chance
 from privacy.adaptive import Adaptive
 from privacy.client_level import Charge, Draw, Terms, noised_at_site, private, require_proof
 from privacy.correlated import Correlated, plan
@@ -105,15 +105,16 @@ def correlated(config: Config) -> Correlated | None:
 def noise_multiplier(config: Config) -> float:
     """Noise of one release over its sensitivity, given or calibrated for the whole run.
 
-    Raises ConfigError for an epsilon that no noise can reach.
+    Raises ConfigError for an epsilon that no noise can reach, and for a delta that needs none.
     """
     privacy, rounds, rate = config.privacy, config.run.rounds, config.strategy.fraction
-    if privacy.noise_multiplier:
-        return privacy.noise_multiplier
     if turns := correlated(config):
         rounds, rate = turns.turns, 1.0
     if not central(config):  # a site is known to take part when it does
         rate = 1.0
+    check_chance(rate, rounds, privacy.delta)
+    if privacy.noise_multiplier:
+        return privacy.noise_multiplier
     noise = calibrate(privacy.epsilon, privacy.delta, rate, rounds, _mechanism(config))
     # Sites must agree on the lattice, also where their processors round the last bit differently.
     return math.ceil(noise * 1e4) / 1e4 if distributed(config) else noise

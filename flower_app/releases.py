@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from flower_app import clientlevel
 from flower_app.config import Config
-from privacy.accounting import calibrate
+from privacy.accounting import calibrate, check_chance
 from privacy.events import Event, Part, Unit
 
 
@@ -26,12 +26,14 @@ def record_plan(config: Config, rows: int) -> RecordPlan:
 
     One record is one row, and each takes part in a step with the chance
     train.batch-size * train.grad-accumulation / rows. Raises ConfigError for an epsilon that no
-    noise can reach.
+    noise can reach, and for a delta that needs none.
     """
     rate = min(1.0, config.train.batch_size * config.train.grad_accumulation / rows)
     steps = config.train.steps or math.ceil(config.train.epochs / rate)
+    whole = steps * config.run.rounds
+    check_chance(rate, whole, config.privacy.delta)
     noise = config.privacy.noise_multiplier or calibrate(
-        config.privacy.epsilon, config.privacy.delta, rate, steps * config.run.rounds
+        config.privacy.epsilon, config.privacy.delta, rate, whole
     )
     return RecordPlan(noise, rate, steps)
 

@@ -23,7 +23,6 @@ from flower_app.card import model_card
 from flower_app.config import Config
 from flower_app.guarantee import guarantee
 from flower_app.recorder import Recorder, summarise
-from flower_app.releases import unit_of
 from flower_app.report import results_table, write_report
 from flower_app.roster import Member, Roster
 from flower_app.runfolder import Checkpoint, CheckpointError, RunFolder, replacing
@@ -56,7 +55,7 @@ def run(grid: Grid, config: Config) -> RunFolder:
     initial = payload.select()
     check_layout(config.strategy.rule, payload.layout)
     facts = _facts(config, base, payload, folder, checkpoint)
-    roster = Roster(base.digest, config.run.roll_call_s, facts.get("run", ""))
+    roster = Roster(base.digest, config.run.roll_call_s, facts["run"])
     done = checkpoint.round if checkpoint else 0
     members = roster.assemble(grid, config.strategy.min_sites, config.run.deadline_s, done)
     _check_members(config, payload, members)
@@ -72,7 +71,7 @@ def run(grid: Grid, config: Config) -> RunFolder:
     server = _middle(config, base, payload, recorder, members, checkpoint)
     plan = _plan(folder, facts, _mode(members)) | (server.plan if server else {})
     strategy = _strategy(
-        config, base, payload, roster, recorder, folder, plan, members, facts.get("run", ""),
+        config, base, payload, roster, recorder, folder, plan, members, facts["run"],
         server,
     )  # fmt: skip
     if checkpoint:
@@ -127,10 +126,8 @@ def _facts(
 ) -> dict[str, str]:
     """What stays the same when the run is resumed; raises ConfigError where it does not."""
     facts = {"layout": compose.travelling(config, payload).digest, "base": base.digest}
-    if compose.stores(config) or config.secure.on or unit_of(config):
-        # The name that sites know the run by, whatever its folder is called.
-        known = checkpoint.facts if checkpoint else {}
-        facts["run"] = known.get("run", folder.path.name)
+    # The name that sites know the run by, whatever its folder is called.
+    facts["run"] = (checkpoint.facts if checkpoint else {}).get("run", folder.path.name)
     _check_facts(checkpoint, facts)
     return facts
 
@@ -204,8 +201,6 @@ def _check_attack(config: Config, members: Mapping[str, Member], deployed: list[
 
 def _plan(folder: RunFolder, facts: Mapping[str, str], mode: str) -> dict[str, Scalar]:
     """What sites that keep something need to know; only simulated ones hear of a folder here."""
-    if "run" not in facts:
-        return {}
     return {"state": str(folder.sites)} if mode == "simulation" else {"run": facts["run"]}
 
 
@@ -251,7 +246,7 @@ def _strategy(
         quorum=config.run.quorum,
         members=roster.present,
         # A round that did not count is none for the site either: it goes on from before it.
-        plan=lambda round_, site: plan and {**plan, "counted": recorder.counted.get(site, 0)},
+        plan=lambda round_, site: {**plan, "counted": recorder.counted.get(site, 0)},
         spool=_spool(folder),
         listener=recorder,
         trusted=RootTrainer(config, base, payload).update if config.strategy.trusts else None,

@@ -100,14 +100,22 @@ def calibrate(
             "set one within, or name the noise multiplier."
         )
     event = Event(mechanism, "record", 1.0, sample_rate, steps)
+    check_chance(sample_rate, steps, delta)
+    return _search(event, epsilon, delta)
+
+
+def check_chance(sample_rate: float, steps: int, delta: float) -> None:
+    """Refuse a delta within which all of a unit may leave without noise; raises ConfigError.
+
+    With a delta of at least the chance that a unit takes part at all, epsilon is 0 for any noise.
+    """
     chance = -math.expm1(steps * math.log1p(-sample_rate)) if sample_rate < 1 else 1.0
     if chance <= delta:
         raise ConfigError(
-            f"Expected a delta below {chance:.3g}, the chance that a record takes part at all "
-            f"(sample rate {sample_rate:g}, {steps} steps), got {delta:g}, with which no noise at "
-            "all would pass; lower delta."
+            f"Expected a delta below {chance:.3g}, the chance that a record or client takes part "
+            f"at all (sample rate {sample_rate:g}, {steps} steps), got {delta:g}, with which no "
+            "noise at all would pass; lower delta."
         )
-    return _search(event, epsilon, delta)
 
 
 def _search(event: Event, target: float, delta: float) -> float:

@@ -11,7 +11,7 @@ from pathlib import Path
 from pydantic import Field, ValidationError
 
 from models.section import ConfigError, Section, unknown
-from privacy.accounting import spent, within
+from privacy.accounting import check_chance, spent, within
 from privacy.events import RELATIONS, Event, Unit, of_unit
 
 
@@ -66,7 +66,11 @@ class Policy(Section):
     )
     min_rows: int | None = Field(None, ge=1, description="Fewest rows to train on.")
     max_rows: int | None = Field(None, ge=1, description="Most rows to train on.")
-    max_rounds: int | None = Field(None, ge=1, description="Most rounds of a run.")
+    max_rounds: int | None = Field(
+        None,
+        ge=1,
+        description="Most rounds of a run; with `state-path`, those that are trained again count.",
+    )
 
     @property
     def wants_noise(self) -> bool:
@@ -97,6 +101,15 @@ class Policy(Section):
                 raise self._refusal(f"at least {least} {what}", str(got), "leave this site out")
             if most and got > most:
                 raise self._refusal(f"at most {most} {what}", str(got), "lower them")
+
+    def check_rounds(self, count: int) -> None:
+        """Refuse to train in the `count`-th round that a run has asked for; raises PolicyError."""
+        if self.max_rounds and count > self.max_rounds:
+            raise self._refusal(
+                f"at most {self.max_rounds} rounds of a run",
+                f"{count}, with those that were asked for again",
+                "let the site raise max-rounds",
+            )
 
     def check_noise(self, events: Sequence[Event]) -> None:
         """Refuse releases with too little noise, or of somebody not trusted; raises PolicyError."""
@@ -130,6 +143,11 @@ class Policy(Section):
         if not self.max_epsilon:
             return
         before, new = of_unit(past, unit), of_unit(planned, unit)
+        try:
+            for event in new:
+                check_chance(event.sample_rate, event.count, self.delta)
+        except ConfigError as error:
+            raise PolicyError(f"By this site's policy: {error}") from error
         if within([*before, *new], self.delta, self.max_epsilon):
             return
         already, alone = spent(before, self.delta), spent(new, self.delta)

@@ -65,6 +65,20 @@ def test_noise_is_calibrated_for_the_whole_run(nodes: Nodes) -> None:
     assert events_of(nodes, 40, range(4, 5), **keys) == [whole[3]]
 
 
+def test_a_delta_that_needs_no_noise_is_refused_for_given_noise_too(nodes: Nodes) -> None:
+    """Else the epsilon of almost no noise would be 0."""
+    keys: dict[str, Any] = {
+        "privacy__unit": "record", "privacy__noise_multiplier": 0.001, "run__rounds": 1,
+        "train__steps": 1, "train__batch_size": 1,
+    }  # fmt: skip
+    assert epsilon(0.001, 1 / 200_000, 1, 1e-5) == 0.0
+    with pytest.raises(ConfigError, match="Expected a delta below 5e-06, the chance"):
+        events_of(nodes, 200_000, range(1, 2), **keys)
+    assert events_of(nodes, 200_000, range(1, 2), **keys | {"privacy__delta": 1e-6})
+    many = keys | {"run__rounds": 30}
+    assert events_of(nodes, 200_000, range(1, 2), **many)
+
+
 def test_a_run_beyond_the_budget_is_refused_at_the_roll_call(
     nodes: Nodes, tmp_path: Path, state: Path
 ) -> None:
@@ -125,6 +139,31 @@ def test_every_message_is_checked_against_what_is_left(
         ("a-run", "east", 1), ("another", "east", 1), ("a-third", "east", 1),
     ]  # fmt: skip
     assert len({e.split for e in kept}) == 1 and kept[0].split
+
+
+@pytest.mark.parametrize("round_", [0, 3, 5000])
+def test_a_round_that_the_run_does_not_have_is_not_trained(nodes: Nodes, round_: int) -> None:
+    _, report = nodes.train(nodes.deployed("east"), round_, data__partition="own", run__rounds=2)
+    assert report["error"] == f"Expected a round from 1 to run.rounds=2, got {round_}."
+
+
+def test_a_round_that_is_asked_for_again_counts_as_another(
+    nodes: Nodes, tmp_path: Path, state: Path
+) -> None:
+    keys: dict[str, Any] = {"data__partition": "own", "run__rounds": 3}
+    rule = {"policy_path": policy(tmp_path, "max-rounds = 3")}
+    node = nodes.deployed("east", state_path=str(state), **rule)
+    for round_ in (1, 2, 2):
+        nodes.restart()  # in deployment every message has a process of its own
+        assert "error" not in nodes.train(node, round_, **keys)[1]
+    assert nodes.train(node, 3, **keys)[1]["error"] == (
+        "Expected at most 3 rounds of a run by this site's policy, got 4, with those that were "
+        "asked for again; let the site raise max-rounds."
+    )
+    assert "error" not in nodes.train(node, 1, plan={"run": "another"}, **keys)[1]
+    assert not (state / "ledger.jsonl").exists()  # a run without noise keeps no account
+    forgetful = nodes.deployed("east", **rule)
+    assert all("error" not in nodes.train(forgetful, 1, **keys)[1] for _ in range(4))
 
 
 def test_a_policy_is_asked_in_training_as_well(nodes: Nodes, tmp_path: Path) -> None:

@@ -205,7 +205,7 @@ def test_calibration_is_monotone() -> None:
         ((math.inf, DELTA, 0.1, 10), "target epsilon above 0 and at most 1000, got inf;"),
         ((1.0, 0.0, 0.1, 10), "delta of at least 1e-12 and below 1, got 0;"),
         ((1e-8, 1e-9, 1.0, 100), "epsilon of at least .* noise multiplier of 1e+06 reaches"),
-        ((1.0, 0.2, 0.01, 10), "delta below 0.0956, the chance that a record takes part at all"),
+        ((1.0, 0.2, 0.01, 10), "delta below 0.0956, the chance that a record or client takes part"),
         ((1.0, DELTA, 0.1, 0), "count of at least 1"),
     ],
 )

@@ -111,6 +111,15 @@ def test_a_run_that_is_not_allowed_is_refused(
     made().admit(request)
 
 
+def test_releases_that_delta_covers_without_any_noise_are_refused() -> None:
+    seldom = replace(ROUND, noise_multiplier=0.001, sample_rate=5e-6, count=1)
+    assert spent([seldom], 1e-5) == 0.0
+    with pytest.raises(PolicyError, match="By this site's policy: Expected a delta below 5e-06"):
+        made(max_epsilon=1.0).check_budget("record", [], [seldom])
+    with pytest.raises(PolicyError, match="at most epsilon 1"):
+        made(max_epsilon=1.0, delta=1e-6).check_budget("record", [], [seldom])
+
+
 def test_what_is_not_about_noise_is_asked_of_plain_runs_too() -> None:
     plain = replace(REQUEST, unit="none")
     made(max_rounds=20, max_rows=100, allowed_payloads=["lora"]).admit(plain)
