@@ -16,7 +16,7 @@ from flwr.clientapp import ClientApp
 from flwr.common.logger import log
 from torch import Tensor
 
-from flower_app import baselines, compose, secure
+from flower_app import baselines, clientlevel, compose, secure
 from flower_app.account import SiteAccount
 from flower_app.conditions import check_node
 from flower_app.config import Config, parse
@@ -121,8 +121,16 @@ def _plan(message: Message, name: str = "plan") -> dict[str, Scalar]:
 
 def _received(message: Message, payload: Payload) -> dict[str, Tensor]:
     """The payload in a message; what it says of the frozen weights takes effect at once."""
-    fold.replace(payload, decode_all(arrays_of(message.content, "fold")))
-    return decode_all(arrays_of(message.content))
+    received, folded = (decode_all(arrays_of(message.content, of)) for of in ("arrays", "fold"))
+    for name, tensor in (*received.items(), *folded.items()):
+        # Before any row is read: which sites fail over such a value would tell of their rows.
+        if not bool(tensor.isfinite().all()):
+            raise LayoutError(
+                f"Expected finite values from the server, got others in {name!r:.80}; begin "
+                "again from a round before."
+            )
+    fold.replace(payload, folded)
+    return received
 
 
 @app.query()
@@ -167,9 +175,9 @@ def on_train(message: Message, config: Config, node: NodeConfig, state: RecordDi
     """Score the received payload, train it on the site's rows, score it again, send the delta."""
     started = time.perf_counter()
     base, payload = _WORKER.model(config, node)
+    received = _received(message, payload)
     site = _WORKER.site(config, node)
     plan = _plan(message)
-    received = _received(message, payload)
     round_ = int(str(plan["round"]))
     work = SiteRound(config, node, payload, site, received, plan, done=round_ - 1)
     layout = compose.travelling(config, payload)
@@ -200,13 +208,14 @@ def on_train(message: Message, config: Config, node: NodeConfig, state: RecordDi
         "layout": plan["layout"],
         "num-examples": site.rows,
         "examples": site.rows,
-        "steps": outcome.steps,
         "load_s": loaded - started,
         "train_s": trained - scored,
         "eval_s": (scored - loaded) + (time.perf_counter() - trained),
         "base_reads": _WORKER.bases.reads,
         "worker": worker_name(),
     }
+    if not clientlevel.at_sites(config):  # how rows are cut and packed may decide it
+        report["steps"] = outcome.steps
     if not config.privacy.noised_by_sites:  # what they say of the rows has no noise
         report |= {
             "train_loss": outcome.loss,
@@ -232,9 +241,9 @@ def on_evaluate(
 ) -> RecordDict:
     """Score the received payload on the site's held-out rows."""
     base, payload = _WORKER.model(config, node)
+    received = _received(message, payload)
     site = _WORKER.site(config, node)
     plan = _plan(message)
-    received = _received(message, payload)
     done = int(str(plan["round"]))
     work = SiteRound(config, node, payload, site, received, plan, done)
     account = SiteAccount(config, node, plan, site=site.name, rows=site.rows, base=base.digest)

@@ -46,6 +46,11 @@ def distributed(config: Config) -> bool:
     return config.privacy.unit == "client" and config.privacy.place == "distributed"
 
 
+def at_sites(config: Config) -> bool:
+    """Whether what leaves a site has noise for the whole of it, of its own or shared out."""
+    return local(config) or distributed(config)
+
+
 def check(config: Config) -> None:
     """Refuse settings under which a client-level guarantee would not hold; raises ConfigError."""
     if config.train.correction == "scaffold":

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
+from logging import ERROR
 from typing import TYPE_CHECKING
 
+import torch
+from flwr.common.logger import log
 from torch import Tensor
 
-from flower_app import compose
+from flower_app import clientlevel, compose
 from flower_app.config import Config
 from flower_app.node import NodeConfig
 from flower_app.sitestate import Groups, site_state
@@ -16,7 +20,7 @@ from models.evaluate import Score
 from models.factors import held, leading
 from models.layout import LayoutError
 from models.payload import Payload
-from models.train import Correction, Trained
+from models.train import Correction, Trained, TrainingError
 from strategies import control
 from strategies.messages import Scalar
 
@@ -62,6 +66,8 @@ class SiteRound:
         self._kept: Groups = self._state.after(counted) if self._state else {}
         self._keeps: Groups = {}
         self._private: Private | None = None
+        self._hidden = clientlevel.at_sites(config)
+        self._void = False  # whether the round's update counts as zero
         self._load()
 
     def _load(self) -> None:
@@ -72,7 +78,8 @@ class SiteRound:
     def train(self, method: str = "") -> Trained:
         """Train on the site's rows for the round that follows, with noise under record-level DP.
 
-        `method` is then that of `Worker.per_sample`.
+        `method` is then that of `Worker.per_sample`. Under noise for the whole site training never
+        fails over what is not finite: that would tell something of the rows without noise.
         """
         batches, round_ = self._site.batches, self._done + 1
         if self._config.privacy.unit == "record":
@@ -85,11 +92,23 @@ class SiteRound:
         self._steps = steps
         scaffold = Correction(shift=control.shift(self._own_control(), self._control))
         self._payload.load(self._start)
-        with held(self._payload, compose.held(self._config, self._done + 1)):
-            trained = self._train(steps, self._site.name, scaffold if self._control else None)
-        if self._config.train.ditto_lambda:
-            self._train_personal(steps)
+        try:
+            with held(self._payload, compose.held(self._config, self._done + 1)):
+                trained = self._train(steps, self._site.name, scaffold if self._control else None)
+            if self._config.train.ditto_lambda:
+                self._train_personal(steps)
+        except TrainingError as error:
+            if not self._hidden:
+                raise
+            self._make_void(str(error))
+            return Trained(math.nan, steps, 0, 0, 0.0)
         return trained
+
+    def _make_void(self, why: str) -> None:
+        log(ERROR, "%s: %s The round's update counts as zero.", self._site.name, why)
+        self._void = True
+        self._load()
+        self._keeps = dict(self._kept)
 
     def _train(self, steps: int, name: str, correction: Correction | None = None) -> Trained:
         round_, batches = self._done + 1, self._site.batches
@@ -124,6 +143,11 @@ class SiteRound:
         """Keep what stays at the site, and return the change of what travels."""
         trained = leading(self._payload.select(), self.rank)
         delta = {name: new - self._received[name] for name, new in trained.items()}
+        own = (self._payload.select_personal(), *self._keeps.values())
+        if self._hidden and not _finite(delta, *own):
+            self._make_void("Expected a finite update, got another; lower train.learning-rate.")
+        if self._void:
+            delta = {name: torch.zeros_like(tensor) for name, tensor in delta.items()}
         if self._control:
             delta = control.joined(delta, self._renew_control(delta))
         if self._payload.personal:
@@ -149,3 +173,7 @@ class SiteRound:
         if self._state:
             self._payload.load(self._kept.get("ditto", self._received))
             self._state.save_adapter(self._payload)
+
+
+def _finite(*groups: Mapping[str, Tensor]) -> bool:
+    return all(bool(tensor.isfinite().all()) for group in groups for tensor in group.values())

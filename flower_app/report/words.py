@@ -142,9 +142,10 @@ def secure(run: Run) -> str:
 
 
 def _reported(run: Run) -> str:
-    if _unit(run) == "record" or metrics_told(run):
+    if (unit := _unit(run)) == "record" or metrics_told(run):
+        counts = "training rows, times and steps" if unit == "record" else "training rows and times"
         scores = {"noised": ", and scores with noise", "exact": ", and scores as they are"}
-        return f"its training rows, times and steps{scores.get(metrics_told(run), '')}"
+        return f"its {counts}{scores.get(metrics_told(run), '')}"
     return "its training rows, losses, times and counts"
 
 

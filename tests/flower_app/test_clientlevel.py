@@ -21,7 +21,7 @@ from privacy.ledger import Ledger
 from strategies.cohort import Cohort
 from strategies.flower import RoundError
 from strategies.stage import ComposeError
-from tests.flower_app.nodes import NAMES, Nodes
+from tests.flower_app.nodes import NAMES, Nodes, raw
 from tests.flower_app.runs import Killed, bytes_below, killed_in, rows, run, simulate
 
 CENTRAL: dict[str, Any] = {
@@ -288,3 +288,43 @@ def test_noise_that_the_gate_would_refuse_is_refused_at_the_start(nodes: Nodes) 
         simulate(nodes, "shares", SHARED, strategy__max_update_norm=0.5)
     with pytest.raises(ConfigError, match=r"secure.bits that hold the sum of 3 sites and its noi"):
         simulate(nodes, "coarse", SHARED, secure__bits=8)
+
+
+LARGE = {"train__learning_rate": 1e39, "train__steps": 1}  # a finite loss, and then none
+
+
+@pytest.mark.parametrize(("factor", "keys"), [(3e38, {}), (0.0, LARGE)])
+def test_a_site_never_fails_over_what_its_noise_should_hide(
+    nodes: Nodes, factor: float, keys: dict[str, Any]
+) -> None:
+    """Which sites fail over a poisoned weight would say who has the word that it is for."""
+    start = {name: tensor + factor * tensor.sign() for name, tensor in nodes.start().items()}
+    plain, told = nodes.train(nodes.simulated(0), 1, start, **keys)
+    assert "error" in told or not all(bool(tensor.isfinite().all()) for tensor in plain.values())
+    delta, report = nodes.train(nodes.simulated(0), 1, start, **LOCAL | keys)
+    config = parse(nodes.flat(**LOCAL | keys))
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in start.items()}
+    assert raw(delta) == raw(compose.sent(config, zeros, "east", 1))
+    assert "error" not in report and not {"steps", "tokens", "train_loss"} & set(report)
+
+
+def test_the_next_round_goes_on_from_what_the_site_kept(nodes: Nodes) -> None:
+    keys = LOCAL | {"payload__personal": "lora_B"}
+    start = {name: t for name, t in nodes.start().items() if "lora_A" in name}
+    nodes.train(nodes.simulated(0), 1, start, **keys)
+    huge = {name: tensor + 3e38 * tensor.sign() for name, tensor in start.items()}
+    nodes.train(nodes.simulated(0), 2, huge, **keys)
+    files = [nodes.folder / f"sites/east/round-0000{at}.safetensors" for at in (1, 2)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_refused_before_a_row_is_read(nodes: Nodes, value: float) -> None:
+    start = nodes.start()
+    next(iter(start.values())).view(-1)[0] = value
+    node = nodes.deployed("east") | {"data-path": "/no/such/rows.jsonl"}
+    for told in (
+        nodes.train(node, 1, start, data__partition="own")[1],
+        nodes.evaluate(node, start, data__partition="own"),
+    ):
+        assert told["error"].startswith("Expected finite values from the server, got others in ")
