@@ -184,10 +184,11 @@ def on_train(message: Message, config: Config, node: NodeConfig, state: RecordDi
     hidden = secure.outgoing(config, node, message, layout, site)
     account = SiteAccount(config, node, plan, site=site.name, rows=site.rows, base=base.digest)
     account.begin(round_)
-    account.charge(releases(config, site.rows, [round_], len(site.batches), site.candidates))
     loaded = time.perf_counter()
     source = compose.noise_source(config, "split", site.name, round_, "training")
     with across.connected(config, payload, plan, state, source) as stream:
+        # Once there is a key for the stream, and before anything leaves.
+        account.charge(releases(config, site.rows, [round_], len(site.batches), site.candidates))
         before, backdoor, personal = Score(), Score(), None
         if scoring := config.train.scores_in(round_):
             before = _WORKER.released(config, site, payload, pad_token(base), round_, "before")
@@ -248,9 +249,9 @@ def on_evaluate(
     work = SiteRound(config, node, payload, site, received, plan, done)
     account = SiteAccount(config, node, plan, site=site.name, rows=site.rows, base=base.digest)
     beside = releases(config, site.rows, [max(done, 1)], len(site.batches), site.candidates)
-    account.charge(evaluations(config, done, site.candidates), beside, "held-out")
     source = compose.noise_source(config, "split", site.name, done, "evaluation")
     with across.connected(config, payload, plan, state, source):
+        account.charge(evaluations(config, done, site.candidates), beside, "held-out")
         score = _WORKER.released(config, site, payload, pad_token(base), done, "evaluation")
         backdoor = _WORKER.backdoor(config, site, payload)
         personal = work.personal_score(

@@ -94,13 +94,17 @@ class Intake(Protocol):
 
 
 class Exchange(Protocol):
-    """Opens the intake of each round."""
+    """Opens the intake of each round; what is to be asked before a score alone is `ready`'s."""
+
+    def ready(self, asked: Sequence[str], ask: Ask) -> Mapping[str, str]:
+        """Ask sites for what they need to score a payload; why some of them cannot, by site."""
+        return {}
 
     def open(self, round_: int, asked: Sequence[str], sent: Decoded, ask: Ask) -> Intake:
         """Begin a round with the sites `asked`; raises CohortError if it cannot be held."""
 
 
-class Plain:
+class Plain(Exchange):
     """The server sees every update: the gate checks it, a file keeps it till the rule wants it."""
 
     def __init__(self, settings: StrategyConfig, layout: Layout, spool: Path) -> None:

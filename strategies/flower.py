@@ -135,6 +135,7 @@ class ComposedStrategy(Strategy):
         self._state: State = chain.init(layout.size)
         self.fold: dict[str, Tensor] = {}
         self._asked: dict[int, str] = {}
+        self._unready: Mapping[str, str] = {}
         self._present = 0
 
     def restore(self, done: int, state: State, fold: Mapping[str, Tensor] | None = None) -> None:
@@ -182,9 +183,11 @@ class ComposedStrategy(Strategy):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Address every site that is present with the payload to score."""
+        """Address every site that is present, and can, with the payload to score."""
         members = self._members(grid, server_round)
-        self._asked = {node_id: name for name, node_id in members.items()}
+        ask = partial(ask_sites, grid, members, partial(self._plan, server_round), Traffic())
+        self._unready = self._exchange.ready(sorted(members), ask)
+        self._asked = {n: name for name, n in members.items() if name not in self._unready}
         return self._messages(MessageType.EVALUATE, server_round, arrays, config)
 
     def _messages(
@@ -346,6 +349,7 @@ class ComposedStrategy(Strategy):
             for message in replies
             if (site := self._asked.get(message.metadata.src_node_id)) is not None
         ]
+        outcomes += [SiteOutcome(s, "failed", why, {}, 0, 0) for s, why in self._unready.items()]
         self._listener.evaluated(server_round, sorted(outcomes, key=lambda o: o.site))
         return None
 

@@ -177,12 +177,16 @@ def mean_of(
     return aggregate(rule, before, deltas)
 
 
-class SplitExchange:
+class SplitExchange(Exchange):
     """The sites' blocks travel in messages as in any run; the streams are open meanwhile."""
 
     def __init__(self, server: SplitServer, inner: Exchange) -> None:
         self._server = server
         self._inner = inner
+
+    def ready(self, asked: Sequence[str], ask: Ask) -> Mapping[str, str]:
+        """Let in the streams of sites that have not trained yet, or not with this server."""
+        return self._server.admit(asked, ask)
 
     def open(self, round_: int, asked: Sequence[str], sent: Decoded, ask: Ask) -> SplitIntake:
         """Begin a round with the sites whose keys are known."""

@@ -21,14 +21,14 @@ from privacy.secure.intake import Answers, SumIntake, answered, invited, own, pr
 from privacy.secure.keys import KEY_BYTES
 from privacy.secure.terms import MAGNITUDE, Terms, magnitude, octets, table
 from strategies.cohort import CohortError
-from strategies.exchange import Ask, Decoded, Parcel, Received
+from strategies.exchange import Ask, Decoded, Exchange, Parcel, Received
 
 ENCRYPTED = "encrypted"
 """Name of the array that a site sends in place of its update."""
 
 
 @dataclass(frozen=True)
-class Encrypted:
+class Encrypted(Exchange):
     """Secure aggregation by CKKS; `settings` is a digest of the run's configuration."""
 
     secure: SecureConfig

@@ -12,14 +12,14 @@ from privacy.secure.groups import drawn
 from privacy.secure.intake import Answers, SumIntake, invited, own
 from privacy.secure.server import Summation
 from privacy.secure.terms import Terms, model_hash
-from strategies.exchange import Ask, Decoded, Received
+from strategies.exchange import Ask, Decoded, Exchange, Received
 
 MASKED = "masked"
 """Name of the array that a site sends in place of its update."""
 
 
 @dataclass(frozen=True)
-class Masks:
+class Masks(Exchange):
     """Secure aggregation by masks; `settings` is a digest of the run's configuration.
 
     With `noise`, of which the sites add shares, a sum is divided by the sites that were asked.

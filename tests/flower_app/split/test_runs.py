@@ -287,6 +287,65 @@ def test_a_middle_that_is_not_finite_is_not_kept() -> None:
     assert mean_of(before, []) == before and mean_of({}, [{}, {}]) == {}
 
 
+@pytest.mark.parametrize("noise", [0.0, 5.0])
+def test_scores_alone_are_asked_of_sites_that_have_a_stream(nodes: Nodes, noise: float) -> None:
+    """Where only some train, all are scored before the first round, and at the end."""
+    keys: dict[str, Any] = SPLIT | {"strategy__fraction": 0.4, "run__rounds": 1}
+    if noise:
+        keys |= {
+            "split__noise": noise, "split__clip_norm": 0.5, "split__clip_gradient": 0.01,
+            "privacy__noise_source": "seeded",
+        }  # fmt: skip
+    folder, grid = simulate(nodes, "few", keys)
+    assert len(rows(folder, "site")) == 2
+    evaluations = rows(folder, "evaluation")
+    assert [row["round"] for row in evaluations] == [0, 1]
+    worker, config = Worker(), parse(nodes.flat(**keys))
+    sites = [worker.site(config, parse_node(nodes.simulated(at))) for at in range(3)]
+    tokens = sum(batch.counted for site in sites for batch in site.held_out)
+    assert [row["eval_tokens"] for row in evaluations] == [tokens, tokens]
+    kinds = [q.metadata.message_type for q in grid.questions if q.metadata.group_id != "roll-call"]
+    assert kinds == ["query.split_key"] * 3 + ["evaluate"] * 3 + ["train"] * 2 + ["evaluate"] * 3
+
+
+def test_a_server_killed_after_the_last_round_still_scores_it(
+    nodes: Nodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference, _ = simulate(nodes, "reference", SPLIT)
+    keys = SPLIT | {"run__output_dir": str(nodes.folder / "killed")}
+    grid = nodes.grid(*map(nodes.simulated, range(3)), **keys)
+    push = grid.push_messages
+
+    def dying(messages: Iterable[Message]) -> Iterable[str]:
+        asked = list(messages)
+        if asked[0].metadata.message_type == "evaluate":
+            raise Killed
+        return push(asked)
+
+    monkeypatch.setattr(grid, "push_messages", dying)
+    with pytest.raises(Killed):
+        run(nodes, grid, **keys)
+    nodes.states.clear()  # another run, for Flower
+    again = nodes.grid(*map(nodes.simulated, range(3)), **keys)
+    folder = run(nodes, again, **keys, run__resume="latest")
+    last, expected = rows(folder, "evaluation")[-1], rows(reference, "evaluation")[-1]
+    assert (last["round"], last["loss"]) == (expected["round"], expected["loss"])
+    assert bytes_below(folder) == bytes_below(reference)
+
+
+def test_a_site_without_a_key_is_charged_nothing(nodes: Nodes) -> None:
+    keys: dict[str, Any] = SPLIT | {
+        "split__noise": 5.0, "split__clip_norm": 0.5, "split__clip_gradient": 0.01,
+        "privacy__noise_source": "seeded",
+    }  # fmt: skip
+    plan = {"split-address": "127.0.0.1:1", "split-certificate": "of the server"}
+    told = nodes.evaluate(nodes.simulated(0), nodes.start(**keys), plan=plan, **keys)
+    _, also = nodes.train(nodes.simulated(0), plan=plan, **keys)
+    for report in (told, also):
+        assert "Expected a key for the stream of this run" in report["error"]
+    assert not list((nodes.folder / "sites").rglob("ledger.jsonl"))
+
+
 def test_nobody_waits_for_a_site_that_says_it_cannot() -> None:
     told: list[tuple[str, str]] = []
 
