@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from models.base import seeded
 from models.batches import Batch, Batches
 from models.config import TrainConfig
 from models.payload import Payload
@@ -68,9 +69,9 @@ def train(
         def gradient() -> Step:
             drawn = poisson(len(records), mechanism.sample_rate, source)
             rows = one_each([records[record] for record in drawn], source)
-            torch.manual_seed(_word(source))  # within `optimise`, which restores the state
             physical = list(batches.of_rows(rows, method.physical))
-            sums, loss = clipped_sum(payload, method, physical, mechanism.clip_norm)
+            with seeded(_word(source)):  # dropout
+                sums, loss = clipped_sum(payload, method, physical, mechanism.clip_norm)
             for name, noisy in shaped(noised(sums, mechanism, source)).items():
                 payload.parameters[name].grad = (noisy / expected).float()
             return Step(
