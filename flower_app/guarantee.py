@@ -28,6 +28,7 @@ def guarantee(
     rows: Mapping[str, int],
     released: Sequence[Event],
     candidates: Mapping[str, int] | None = None,
+    asked: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """The epsilon of a run for `summary.json`; only the unit, `none`, without privacy.
 
@@ -35,14 +36,14 @@ def guarantee(
 
     `metrics` are the rows of metrics.jsonl, which tell the rounds that each site was asked in,
     `rows` the rows of each site, `candidates` the most answers that one of its held-out rows has to
-    choose from, `released` the server's own events. Sites' epsilons are what the
-    configuration leads to: a site's ledger also counts what it trained twice. The largest of them
-    is the run's.
+    choose from, `released` the server's own events, `asked` what `RunFolder.asked` gives: it has
+    the rounds that a run which went on after a crash did twice, as the sites' ledgers do. Sites'
+    epsilons are what the configuration leads to then. The largest of them is the run's.
     """
     unit = unit_of(config)
     if unit is None:
         return {"unit": "none"}
-    told = _told(config, unit, metrics, rows, released, candidates or {})
+    told = _told(config, unit, metrics, rows, released, candidates or {}, asked)
     return {"unit": "none", "stream": told} if unit == "position" else told
 
 
@@ -53,9 +54,10 @@ def _told(
     rows: Mapping[str, int],
     released: Sequence[Event],
     candidates: Mapping[str, int],
+    asked: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
     """The statement of the worst site, or of the server, as plain values."""
-    sites = {} if released else _of_sites(config, unit, metrics, rows, candidates)
+    sites = {} if released else _of_sites(config, unit, metrics, rows, candidates, asked)
     if released:
         worst = state(released, unit, config.privacy.delta)
     else:
@@ -83,32 +85,45 @@ def _of_sites(
     metrics: Iterable[Mapping[str, Any]],
     rows: Mapping[str, int],
     candidates: Mapping[str, int],
+    asked: Sequence[Mapping[str, Any]],
 ) -> dict[str, Statement]:
     """The statement of each site that was asked to train; equal sites are accounted once."""
-    asked: dict[str, set[int]] = defaultdict(set)
+    trained, scored = _counted(asked, "train"), _counted(asked, "evaluate")
     batches: dict[str, int] = {}
     for row in metrics:
         if row["kind"] == "site" and row["status"] != "refused":
-            asked[str(row["site"])].add(int(row["round"]))
+            trained[str(row["site"])] |= Counter([int(row["round"])])
             if isinstance(row.get("examples"), int):
                 rows = {**rows, str(row["site"]): row["examples"]}
             if isinstance(row.get("candidates"), int):
                 candidates = {**candidates, str(row["site"]): row["candidates"]}
             if isinstance(row.get("batches"), int) and row["batches"] > 0:
                 batches[str(row["site"])] = row["batches"]
-    asked_alone = (config.run.rounds, *([0] if config.strategy.fraction < 1 else []))
+    alone = Counter([config.run.rounds, *([0] if config.strategy.fraction < 1 else [])])
     split = "held out of the same rows" if parts_apart(config) else ""
     known: dict[frozenset[tuple[Event, int]], Statement] = {}
     found = {}
-    for site, rounds in sorted(asked.items()):
+    for site, rounds in sorted(trained.items()):
         if site not in rows:
             continue
         most = candidates.get(site, 0)
-        training = releases(config, rows[site], rounds, batches.get(site, 0), most)
-        ends = [event for at in asked_alone for event in evaluations(config, at, most)]
+        listed = sorted(rounds.elements())
+        training = releases(config, rows[site], listed, batches.get(site, 0), most)
+        apart = (scored[site] | alone).elements()
+        ends = [event for at in apart for event in evaluations(config, at, most)]
         events = [replace(event, split=split, round=0) for event in [*training, *ends]]
         alike = frozenset(Counter(events).items())
         if alike not in known:
             known[alike] = state(events, unit, config.privacy.delta)
         found[site] = known[alike]
+    return found
+
+
+def _counted(asked: Iterable[Mapping[str, Any]], kind: str) -> dict[str, Counter[int]]:
+    """How often each site was sent a message of a kind, by round."""
+    found: dict[str, Counter[int]] = defaultdict(Counter)
+    for question in asked:
+        if question["kind"] == kind:
+            for site in question["sites"]:
+                found[str(site)][int(question["round"])] += 1
     return found

@@ -83,6 +83,10 @@ class Recorder:
             {"kind": "attack", "round": 0, "name": name, "malicious": sorted(malicious)}
         )
 
+    def asked(self, kind: str, round_: int, sites: Sequence[str]) -> None:
+        """Note who is about to be asked, also where the round will not come to an end."""
+        self._folder.note(kind, round_, sites)
+
     def round_finished(self, outcome: RoundOutcome) -> None:
         """Log the round's rows and make it the round to resume from."""
         good = [site for site in outcome.sites if site.status == "ok"]

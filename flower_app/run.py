@@ -299,7 +299,7 @@ def _guarantee(
     released = ServerAccount(config, facts["run"]).events() if config.privacy.on else []
     rows = {member.site: member.rows for member in members.values()}
     candidates = {member.site: member.candidates for member in members.values()}
-    return guarantee(config, folder.rows(), rows, released, candidates)
+    return guarantee(config, folder.rows(), rows, released, candidates, folder.asked())
 
 
 def _finish(

@@ -7,8 +7,8 @@ import math
 import os
 import shutil
 import tomllib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -59,6 +59,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.metrics = path / "metrics.jsonl"
+        self._questions = path / "asked.jsonl"
         self.adapter = path / "adapter"
         self.sites = path / "sites"
         self._checkpoints = path / "checkpoint"
@@ -114,20 +115,33 @@ class RunFolder:
         Raises CheckpointError, for instance on a full disk.
         """
         line = json.dumps(_without_nan(row), ensure_ascii=False) + "\n"
-        try:
-            # A lone surrogate, which has no UTF-8, stays as the escape that it came from.
-            with self.metrics.open("ab") as file:
-                file.write(line.encode("utf-8", "backslashreplace"))
-        except OSError as error:
-            raise CheckpointError(
-                f"Expected to write to {str(self.metrics)!r}, but: {error}. {_SAFE}"
-            ) from error
+        # A lone surrogate, which has no UTF-8, stays as the escape that it came from.
+        _append(self.metrics, line.encode("utf-8", "backslashreplace"))
 
     def rows(self) -> list[dict[str, Any]]:
         """All rows of metrics.jsonl."""
         # Not splitlines(), which also splits at the U+2028 that JSON allows within a string.
         lines = self.metrics.read_bytes().split(b"\n")
         return [json.loads(line) for line in lines if line]
+
+    def note(self, kind: str, round_: int, sites: Sequence[str]) -> None:
+        """Add whom a message of a kind is about to go to; unlike rows, this is never dropped again.
+
+        Raises CheckpointError, for instance on a full disk.
+        """
+        # Whatever a crash tore is a line of its own: its messages were never sent.
+        line = "\n" + json.dumps({"kind": kind, "round": round_, "sites": list(sites)})
+        _append(self._questions, line.encode())
+        _sync(self._questions)
+
+    def asked(self) -> list[dict[str, Any]]:
+        """What `note` was told since the run began, rounds that were done twice included."""
+        text = self._questions.read_bytes() if self._questions.exists() else b""
+        found = []
+        for line in filter(None, text.split(b"\n")):
+            with suppress(ValueError):
+                found.append(json.loads(line))
+        return found
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Make `checkpoint` the one to resume from; on failure the one before stays.
@@ -205,6 +219,16 @@ def replacing(path: Path) -> Iterator[Path]:
         _sync(path.parent)
     finally:
         _remove(temporary)
+
+
+def _append(path: Path, text: bytes) -> None:
+    try:
+        with path.open("ab") as file:
+            file.write(text)
+    except OSError as error:
+        raise CheckpointError(
+            f"Expected to write to {str(path)!r}, but: {error}. {_SAFE}"
+        ) from error
 
 
 def _sync(path: Path) -> None:

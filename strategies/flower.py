@@ -70,6 +70,9 @@ class RoundOutcome:
 class Listener(Protocol):
     """Told of every finished round and evaluation, in order."""
 
+    def asked(self, kind: str, round_: int, sites: Sequence[str]) -> None:
+        """Called before messages of a kind are sent to `sites`; what it raises ends the run."""
+
     def round_finished(self, outcome: RoundOutcome) -> None:
         """Called after each round; what it raises ends the run."""
 
@@ -211,7 +214,9 @@ class ComposedStrategy(Strategy):
             return Message(content, node_id, kind, group_id=str(round_))
 
         asked = sorted(self._asked.items(), key=lambda entry: entry[1])
-        return [message(n, site) for n, site in asked if parcels is None or site in parcels]
+        asked = [(n, site) for n, site in asked if parcels is None or site in parcels]
+        self._listener.asked(kind, round_, [site for _, site in asked])
+        return [message(n, site) for n, site in asked]
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]

@@ -52,6 +52,9 @@ class Peak:
 class _Listener:
     admitted: int = 0
 
+    def asked(self, kind: str, round_: int, sites: Sequence[str]) -> None:
+        """Nothing to do."""
+
     def round_finished(self, outcome: RoundOutcome) -> None:
         """Count who was admitted."""
         self.admitted = sum(site.status == "ok" for site in outcome.sites)

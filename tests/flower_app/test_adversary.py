@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,9 @@ def site(name: str) -> Site:
 class Log:
     def __init__(self) -> None:
         self.rounds: list[RoundOutcome] = []
+
+    def asked(self, kind: str, round_: int, sites: Sequence[str]) -> None:
+        """Nothing to do."""
 
     def round_finished(self, outcome: RoundOutcome) -> None:
         self.rounds.append(outcome)

@@ -81,6 +81,27 @@ def test_noised_scores_are_paid_by_the_held_out_rows(nodes: Nodes) -> None:
     assert sampled["sites"]["east"] == epsilon(4.0, 1.0, 8, 1e-5)
 
 
+def test_rounds_done_twice_count_twice_as_at_the_sites(nodes: Nodes) -> None:
+    asked = [
+        {"kind": "train", "round": 1, "sites": ["east", "west"]},
+        {"kind": "train", "round": 2, "sites": ["east"]},
+        {"kind": "train", "round": 2, "sites": ["east", "west"]},
+        {"kind": "evaluate", "round": 2, "sites": ["east", "west"]},
+        {"kind": "evaluate", "round": 2, "sites": ["east", "west"]},
+    ]
+    config = parse(nodes.flat(**DP))
+    told = guarantee(config, METRICS, ROWS, [], asked=asked)
+    assert told["sites"]["east"] == epsilon(2.0, 4 / 20, 8, 1e-5)  # rounds 1, 2, 2 and 3
+    assert told["sites"]["west"] == epsilon(2.0, 4 / 20, 4, 1e-5)
+    noised = DP | {
+        "privacy__metrics": "noised", "privacy__metrics_noise_multiplier": 4.0,
+        "privacy__noise_multiplier": 9.0,
+    }  # fmt: skip
+    told = guarantee(parse(nodes.flat(**noised)), METRICS, ROWS, [], asked=asked)
+    # Two scores in each of 4 rounds, and two at the end.
+    assert told["sites"]["east"] == epsilon(4.0, 1.0, 10, 1e-5)
+
+
 def test_noise_at_the_server_is_taken_from_its_ledger(nodes: Nodes, tmp_path: Path) -> None:
     keys: dict[str, Any] = {
         "privacy__unit": "client", "privacy__noise_multiplier": 3.0,

@@ -85,6 +85,8 @@ def test_a_run_that_was_killed_ends_with_the_same_bytes(
     assert bytes_below(resumed / "adapter") == bytes_below(whole / "adapter")
     for ledger in ledgers(resumed):  # the round that did not count was trained, and is counted
         assert [event.round for event in ledger.events()] == [1, 2, 2]
+        told = json.loads((resumed / "summary.json").read_text())["privacy"]["sites"]
+        assert told[ledger.path.parent.name] == pytest.approx(spent(ledger.events(), 1e-5))
 
 
 def test_deployed_sites_train_in_private(nodes: Nodes) -> None:

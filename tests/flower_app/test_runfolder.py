@@ -221,3 +221,18 @@ def test_what_a_killed_process_left_half_written_is_no_obstacle(tmp_path: Path) 
     with replacing(tmp_path / "adapter") as temporary:
         temporary.mkdir()
     assert list((tmp_path / "adapter").iterdir()) == []
+
+
+def test_who_was_asked_outlives_a_crash(tmp_path: Path) -> None:
+    folder = RunFolder.create(config(tmp_path))
+    assert folder.asked() == []
+    folder.note("train", 1, ["a", "b"])
+    folder.note("train", 2, ["a"])
+    with (folder.path / "asked.jsonl").open("ab") as file:
+        file.write(b'\n{"kind": "tra')  # the power went
+    again, last = RunFolder.resume(config(tmp_path, run__resume="latest"))
+    again.rewind(config(tmp_path, run__resume="latest"), last)
+    again.note("train", 2, ["a"])
+    assert [(told["round"], told["sites"]) for told in again.asked()] == [
+        (1, ["a", "b"]), (2, ["a"]), (2, ["a"]),
+    ]  # fmt: skip

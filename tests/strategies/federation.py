@@ -70,6 +70,9 @@ class Log:
     rounds: list[RoundOutcome] = field(default_factory=list)
     evaluations: list[tuple[int, list[SiteOutcome]]] = field(default_factory=list)
 
+    def asked(self, kind: str, round_: int, sites: Sequence[str]) -> None:
+        """Nothing to do."""
+
     def round_finished(self, outcome: RoundOutcome) -> None:
         self.rounds.append(outcome)
 
