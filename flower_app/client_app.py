@@ -186,7 +186,7 @@ def on_train(message: Message, config: Config, node: NodeConfig, state: RecordDi
     account.begin(round_)
     loaded = time.perf_counter()
     source = compose.noise_source(config, "split", site.name, round_, "training")
-    with across.connected(config, payload, plan, state, source) as stream:
+    with across.connected(config, payload, plan, state, source, site.name) as stream:
         # Once there is a key for the stream, and before anything leaves.
         account.charge(releases(config, site.rows, [round_], len(site.batches), site.candidates))
         before, backdoor, personal = Score(), Score(), None
@@ -250,7 +250,7 @@ def on_evaluate(
     account = SiteAccount(config, node, plan, site=site.name, rows=site.rows, base=base.digest)
     beside = releases(config, site.rows, [max(done, 1)], len(site.batches), site.candidates)
     source = compose.noise_source(config, "split", site.name, done, "evaluation")
-    with across.connected(config, payload, plan, state, source):
+    with across.connected(config, payload, plan, state, source, site.name):
         account.charge(evaluations(config, done, site.candidates), beside, "held-out")
         score = _WORKER.released(config, site, payload, pad_token(base), done, "evaluation")
         backdoor = _WORKER.backdoor(config, site, payload)

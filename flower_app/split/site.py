@@ -14,6 +14,7 @@ from flower_app.config import Config
 from flower_app.split.stream import exchange
 from models.payload import Payload
 from models.section import ConfigError
+from models.seeds import derive
 from models.split.link import FrameLink, Limits
 from models.split.noise import NoisyLink, Norms
 from models.split.site import SplitPayload
@@ -75,11 +76,12 @@ def connected(
     plan: Mapping[str, Scalar],
     state: RecordDict,
     source: Source,
+    site: str,
 ) -> Iterator[FrameLink | None]:
     """Lead to the server's middle while the block runs; nothing, and None, for other payloads.
 
-    `source` is that of the noise: charge what leaves first. Raises ConfigError without a key; what
-    needs the stream raises StreamError when it breaks.
+    `source` is that of the noise of `site`: charge what leaves first. Raises ConfigError without a
+    key; what needs the stream raises StreamError when it breaks.
     """
     if not isinstance(payload, SplitPayload):
         yield None
@@ -94,7 +96,9 @@ def connected(
         max_bytes=frame_bytes(within),
         timeout=config.run.deadline_s,
     )
-    with FrameLink(ask, within) as link:
+    # Noise of rounding that sites or rounds shared would not average out.
+    seed = derive(config.run.seed, "rounding", site, int(str(plan["round"])))
+    with FrameLink(ask, within, seed=seed) as link:
         module.link = _noisy(config, link, source)
         try:
             yield link

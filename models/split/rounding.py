@@ -22,14 +22,14 @@ from models.wire import WireError
 
 
 def rounded(values: Tensor, bits: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-    """Whole numbers (int8) and the scale of each token (float16) that they are multiples of.
+    """Whole numbers (int8) and the scale of each token (bfloat16) that they are multiples of.
 
     To the nearest, or without bias where a `generator` is given. Raises WireError for values that
     are not finite or too large.
     """
     top = 2 ** (bits - 1) - 1
     scales = _scales(values, top)
-    steps = values / scales.float().clamp(min=torch.finfo(torch.float16).smallest_normal / 1024)
+    steps = values / scales.float().clamp(min=torch.finfo(torch.float32).tiny)
     if generator is not None:
         # Drawn on the CPU, so that the same seed rounds the same way wherever the values are.
         steps = (steps + torch.rand(steps.shape, generator=generator).to(steps)).floor()
@@ -40,13 +40,8 @@ def _scales(values: Tensor, top: int) -> Tensor:
     largest = values.abs().amax(-1, keepdim=True)
     if not bool(largest.isfinite().all()):
         raise WireError("Expected finite hidden states to send, got NaN or Inf.")
-    # As float16, and never below what the largest value needs; tiny tokens become zero.
-    scales = (largest / top).to(torch.float16)
-    scales = torch.where(
-        scales.float() * top < largest,
-        torch.nextafter(scales, scales.new_tensor(torch.inf)),
-        scales,
-    )
-    if not bool(scales.isfinite().all()):
-        raise WireError("Expected hidden states within the range of float16, got larger ones.")
-    return scales
+    # As bfloat16, whose range gradients need, and rounded up, so that the largest value fits.
+    scales = ((largest / top).view(torch.int32) + 0xFFFF & ~0xFFFF).view(torch.float32)
+    if not bool((scales * top).isfinite().all()):
+        raise WireError("Expected hidden states within the range of bfloat16, got larger ones.")
+    return scales.to(torch.bfloat16)

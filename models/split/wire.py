@@ -1,6 +1,6 @@
 """Hidden states and their gradients as bytes: floats, or whole numbers with a scale per token.
 
-A frame is a header of 16 bytes, for whole numbers the scales (float16), and the values. Nothing in
+A frame is a header of 16 bytes, for whole numbers the scales (bfloat16), and the values. Nothing in
 it is trusted: sizes are checked against what is there before anything is allocated.
 """
 
@@ -18,7 +18,7 @@ from models.wire import RawArray, WireError, decode, encode
 
 # Magic and version, kind, reserved, then batch, tokens and hidden size.
 _HEADER = struct.Struct("<2sBBIII")
-_MAGIC = b"f1"
+_MAGIC = b"f2"
 _FLOATS: Mapping[str, str] = MappingProxyType({"fp32": "float32", "bf16": "bfloat16"})
 _BITS: Mapping[str, int] = MappingProxyType({"int8": 8, "int4": 4})
 KINDS = (*_FLOATS, *_BITS)
@@ -52,7 +52,7 @@ def unpack(frame: bytes, *, most_tokens: int, hidden_size: int) -> Tensor:
         raise WireError(f"Expected a header of {_HEADER.size} bytes, got {len(frame)}.")
     magic, kind_index, reserved, batch, tokens, hidden = _HEADER.unpack_from(frame)
     if magic != _MAGIC or kind_index >= len(KINDS) or reserved:
-        raise WireError(f"Expected a frame of version 1, got {frame[:4]!r}; use the same version.")
+        raise WireError(f"Expected a frame of version 2, got {frame[:4]!r}; use the same version.")
     if hidden != hidden_size or not 0 < batch * tokens <= most_tokens:
         raise WireError(
             f"Expected up to {most_tokens} tokens of {hidden_size} values, got {batch} x {tokens} "
@@ -66,7 +66,7 @@ def unpack(frame: bytes, *, most_tokens: int, hidden_size: int) -> Tensor:
         values = decode(RawArray(_FLOATS[kind], shape, body))
     else:
         scale_bytes = 2 * batch * tokens
-        scales = decode(RawArray("float16", (batch, tokens, 1), body[:scale_bytes]))
+        scales = decode(RawArray("bfloat16", (batch, tokens, 1), body[:scale_bytes]))
         values = _levels(body[scale_bytes:], shape, _BITS[kind]) * scales.float()
     if not bool(values.isfinite().all()):
         raise WireError("Expected finite hidden states, got NaN or Inf.")

@@ -30,6 +30,7 @@ from flower_app.worker import Worker
 from models.evaluate import Score, evaluate
 from models.payload import Payload
 from models.section import ConfigError
+from models.split.link import FrameLink
 from models.split.load import Cuts, write_parts
 from strategies.flower import RoundError
 from tests.fakes import Answer, FakeGrid
@@ -344,6 +345,24 @@ def test_a_site_without_a_key_is_charged_nothing(nodes: Nodes) -> None:
     for report in (told, also):
         assert "Expected a key for the stream of this run" in report["error"]
     assert not list((nodes.folder / "sites").rglob("ledger.jsonl"))
+
+
+def test_sites_and_rounds_round_gradients_by_draws_of_their_own(
+    nodes: Nodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds: list[int] = []
+    start = FrameLink.__init__
+
+    def watched(link: FrameLink, *given: Any, seed: int = 0, **more: Any) -> None:
+        seeds.append(seed)
+        start(link, *given, seed=seed, **more)
+
+    monkeypatch.setattr(FrameLink, "__init__", watched)
+    for _ in range(2):
+        nodes.restart()
+        simulate(nodes, f"run-{len(seeds)}", SPLIT | {"split__wire": "int8"})
+    training = seeds[: len(seeds) // 2][:6]
+    assert len(set(training)) == 6 and seeds[: len(seeds) // 2] == seeds[len(seeds) // 2 :]
 
 
 def test_nobody_waits_for_a_site_that_says_it_cannot() -> None:

@@ -38,6 +38,16 @@ def test_the_mean_of_many_roundings_is_the_value(bits: int) -> None:
     assert float(drawn[:, 5].abs().max()) == 0.0
 
 
+@pytest.mark.parametrize(("bits", "most"), [(8, 0.012), (4, 0.22)])
+@pytest.mark.parametrize("size", [1e-12, 1e-7, 1e-3, 1.0, 1e3, 1e30])
+def test_values_of_any_size_lose_the_same_share(bits: int, most: float, size: float) -> None:
+    """Gradients of a mean over many tokens are tiny: a scale must not be out of range there."""
+    generator = torch.Generator().manual_seed(1)
+    values = torch.randn(1, 64, 1024, generator=generator)
+    lost = back(values * size, bits, generator) / size - values
+    assert float(lost.norm() / values.norm()) < most
+
+
 def test_the_same_seed_rounds_the_same_way_and_only_gradients() -> None:
     values = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(1))
 

@@ -34,9 +34,9 @@ def test_what_comes_back_is_close(
     assert len(frame) == HEADER + batch * tokens * token_bytes(kind, hidden)
     found = unpack(frame, most_tokens=batch * tokens, hidden_size=hidden).float()
     largest = values.abs().amax(-1, keepdim=True)
-    # Half a level; scales round up by 2^-10 at most, and by 2^-24 among float16's smallest.
+    # Half a level; scales round up by 2^-7 at most.
     half = {"fp32": 0.0, "bf16": 2**-8, "int8": 0.5 / 127, "int4": 0.5 / 7}[kind]
-    allowed = half * largest * (1 + 2**-9) + (128 * 2.0**-24 if kind.startswith("int") else 0.0)
+    allowed = half * largest * (1 + 2**-7)
     assert bool(((found - values).abs() <= allowed + 1e-30).all())
     assert pack(found, kind) == frame or not kind.startswith(("fp", "bf"))
 
@@ -50,14 +50,14 @@ def test_bytes_per_token_are_near_the_floor(kind: str, share: float) -> None:
 def test_extremes_keep_their_levels() -> None:
     values = torch.tensor([[[1.0, -1.0, 0.6, 0.0]]])
     found = unpack(pack(values, "int8"), most_tokens=1, hidden_size=4)
-    assert found[0, 0, :2].tolist() == pytest.approx([1.0, -1.0], rel=2e-3)
+    assert found[0, 0, :2].tolist() == pytest.approx([1.0, -1.0], rel=0.5 / 127)
     assert found[0, 0, 3] == 0
     four = unpack(pack(values, "int4"), most_tokens=1, hidden_size=4)
-    assert four[0, 0].tolist() == pytest.approx([1.0, -1.0, 4 / 7, 0.0], rel=2e-3)
+    assert four[0, 0].tolist() == pytest.approx([1.0, -1.0, 4 / 7, 0.0], rel=2**-7)
 
 
 def lying(*, kind: int = 1, batch: int = 1, tokens: int = 2, hidden: int = 4) -> bytes:
-    return struct.pack("<2sBBIII", b"f1", kind, 0, batch, tokens, hidden) + bytes(16)
+    return struct.pack("<2sBBIII", b"f2", kind, 0, batch, tokens, hidden) + bytes(16)
 
 
 @pytest.mark.parametrize(
@@ -65,8 +65,8 @@ def lying(*, kind: int = 1, batch: int = 1, tokens: int = 2, hidden: int = 4) ->
     [
         (b"", "a header of 16 bytes, got 0"),
         (lying()[:10], "a header of 16 bytes, got 10"),
-        (b"g" + lying()[1:], "a frame of version 1"),
-        (lying(kind=9), "a frame of version 1"),
+        (b"g" + lying()[1:], "a frame of version 2"),
+        (lying(kind=9), "a frame of version 2"),
         (lying()[:-1], "Expected 16 bytes of bf16 .*got 15"),
         (lying() + b"x", "Expected 16 bytes of bf16 .*got 17"),
         (lying(hidden=5), "tokens of 4 values, got 1 x 2 of 5"),
@@ -88,5 +88,5 @@ def test_what_cannot_be_sent_is_refused() -> None:
         pack(torch.zeros(3), "bf16")
     with pytest.raises(WireError, match="finite hidden states to send"):
         pack(torch.full((1, 1, 2), torch.nan), "int8")
-    with pytest.raises(WireError, match="within the range of float16"):
-        pack(torch.full((1, 1, 2), 1e9), "int8")
+    with pytest.raises(WireError, match="within the range of bfloat16"):
+        pack(torch.full((1, 1, 2), torch.finfo().max), "int8")
