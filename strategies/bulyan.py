@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from strategies.cohort import Cohort, Delta
-from strategies.conditions import NumByzantine, remaining, require
+from strategies.conditions import NumByzantine, tolerated
 from strategies.coordinates import Array, mean_of, per_coordinate
 from strategies.geometry import gram, squared_distances
 from strategies.stage import Rule, Stage, pure
@@ -30,8 +30,12 @@ def bulyan(*, num_byzantine: NumByzantine = 1) -> Rule:
     are averaged after all. Raises CohortError for that and for fewer sites.
     """
 
-    def requires(count: int, caught: int = 0) -> int:
-        return require(count, num_byzantine, 4, 3, caught)
+    def lies(count: int, caught: int = 0) -> int:
+        return tolerated(count, num_byzantine, 4, 3, caught)
+
+    def requires(count: int) -> int:
+        lies(count)
+        return count
 
     def chosen(cohort: Cohort, f: int) -> Cohort:
         count = len(cohort.names) - 2 * f
@@ -42,8 +46,8 @@ def bulyan(*, num_byzantine: NumByzantine = 1) -> Rule:
         return cohort.mixed(picks, names, torch.full((count,), 1.0 / count))
 
     def apply(cohort: Cohort) -> Delta:
-        f = remaining(num_byzantine, cohort.caught)
-        kept = requires(len(cohort.names), cohort.caught) - 4 * f
+        f = lies(len(cohort.names), cohort.caught)
+        kept = len(cohort.names) - 4 * f
         return per_coordinate(chosen(cohort, f), lambda x_NC: _nearest_median(x_NC, kept), "bulyan")
 
     return Stage("bulyan", Cohort, Delta, pure(apply), requires=requires)

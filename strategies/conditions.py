@@ -11,27 +11,24 @@ from strategies.cohort import CohortError
 NumByzantine: TypeAlias = Annotated[int, Field(ge=0)]
 
 
-def remaining(f: int, caught: int) -> int:
-    """How many of f liars can be among the rows, where the replies of `caught` are out already."""
-    return max(0, f - caught)
+def tolerated(n: int, f: int, times: int, plus: int, caught: int = 0) -> int:
+    """How many of n rows a rule takes for lies, given num_byzantine=f; raises CohortError.
 
-
-def require(n: int, f: int, times: int, plus: int, caught: int = 0) -> int:
-    """Check that n rows are enough for num_byzantine=f and return n; raises CohortError.
-
-    Of the f liars those `caught` sent none of the rows: n >= times * (f - caught) + plus.
+    It is f if n >= times * f + plus. Where that fails because the gate has set `caught` sites
+    aside, f goes down with n, by one for each of them at most; not before, since a site that was
+    caught may have been an honest one.
     """
-    if n >= times * remaining(f, caught) + plus:
-        return n
+    most = (n - plus) // times
+    if n >= plus and most >= f - caught:
+        return min(f, most)
     needed = f"n ≥ {times if times > 1 else ''}f+{plus}"
     if n < plus:
         raise CohortError(
             f"Expected at least {plus} updates with strategy.num-byzantine={f}, got n={n} "
             f"({needed}); add sites or pick another rule."
         )
-    most = (n - plus) // times + caught
     out = f", where {caught} of the f are quarantined" if caught else ""
     raise CohortError(
-        f"Expected strategy.num-byzantine={f} to be at most {most} (n={n} needs "
+        f"Expected strategy.num-byzantine={f} to be at most {most + caught} (n={n} needs "
         f"{needed}{out}); lower it or add sites."
     )

@@ -22,8 +22,8 @@ class StrategyConfig(Section):
     num_byzantine: int = Field(
         1,
         ge=0,
-        description="Sites that may lie, f, which robust rules are told; a site that the gate "
-        "refuses in a round is one of them.",
+        description="Sites that may lie, f, which robust rules are told; where a site that the "
+        "gate refuses leaves too few, it counts as one of them.",
     )
     screen_threshold: float = Field(
         5.0, gt=0, description="Robust z-score of a module beyond which `module-screen` acts."

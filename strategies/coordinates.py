@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from strategies.cohort import Cohort, CohortError, Delta, LazyRows
-from strategies.conditions import NumByzantine, remaining, require
+from strategies.conditions import NumByzantine, tolerated
 from strategies.product import structure
 from strategies.stage import Rule, Stage, pure
 
@@ -58,12 +58,16 @@ def trimmed_mean(*, num_byzantine: NumByzantine = 1) -> Rule:
     CohortError for fewer sites, and for LoRA factors as `median` does.
     """
 
-    def requires(count: int, caught: int = 0) -> int:
-        return require(count, num_byzantine, 2, 1, caught)
+    def lies(count: int, caught: int = 0) -> int:
+        return tolerated(count, num_byzantine, 2, 1, caught)
+
+    def requires(count: int) -> int:
+        lies(count)
+        return count
 
     def apply(cohort: Cohort) -> Delta:
-        f = remaining(num_byzantine, cohort.caught)
-        kept = slice(f, requires(len(cohort.names), cohort.caught) - f)
+        f = lies(len(cohort.names), cohort.caught)
+        kept = slice(f, len(cohort.names) - f)
         return per_coordinate(cohort, lambda x_NC: mean_of(x_NC[kept]), "trimmed-mean")
 
     return Stage("trimmed-mean", Cohort, Delta, pure(apply), requires=requires)

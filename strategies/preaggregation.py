@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 
 from strategies.cohort import Cohort
-from strategies.conditions import NumByzantine, remaining, require
+from strategies.conditions import NumByzantine, tolerated
 from strategies.geometry import gram, squared_distances
 from strategies.stage import Pre, Stage, State, pure
 
@@ -26,12 +26,16 @@ def nnm(*, num_byzantine: NumByzantine = 1) -> Pre:
     CohortError for fewer sites.
     """
 
-    def requires(count: int, caught: int = 0) -> int:
-        return require(count, num_byzantine, 2, 1, caught)
+    def near(count: int, caught: int = 0) -> int:
+        return count - tolerated(count, num_byzantine, 2, 1, caught)
+
+    def requires(count: int) -> int:
+        near(count)
+        return count
 
     def apply(cohort: Cohort) -> Cohort:
-        count = requires(len(cohort.names), cohort.caught)
-        kept = count - remaining(num_byzantine, cohort.caught)
+        count = len(cohort.names)
+        kept = near(count, cohort.caught)
         distances_NN = squared_distances(gram(cohort)).fill_diagonal_(-1.0)
         nearest = distances_NN.sort(dim=1, stable=True).indices[:, :kept]
         mix_NN = torch.zeros(count, count, dtype=torch.float64)

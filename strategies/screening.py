@@ -16,7 +16,7 @@ from torch import Tensor
 
 from models.layout import Layout
 from strategies.cohort import Cohort, norm
-from strategies.conditions import NumByzantine, remaining, require
+from strategies.conditions import NumByzantine, tolerated
 from strategies.product import Pair, structure
 from strategies.stage import Pre, Stage, pure
 
@@ -43,13 +43,15 @@ def module_screen(
     time, for LoRA O(N R^2 (I + O)) a module, one row in memory. Raises CohortError for fewer sites.
     """
 
-    def requires(count: int, caught: int = 0) -> int:
+    def most_out(count: int, caught: int = 0) -> int:
+        return tolerated(count, num_byzantine, 2, 1, caught)
+
+    def requires(count: int) -> int:
         # Fewer are left where sites are left out, which the stages after it must bear.
-        return require(count, num_byzantine, 2, 1, caught) - remaining(num_byzantine, caught)
+        return count - most_out(count)
 
     def apply(cohort: Cohort) -> Cohort:
-        requires(len(cohort.names), cohort.caught)
-        most = remaining(num_byzantine, cohort.caught)
+        most = most_out(len(cohort.names), cohort.caught)
         modules, norms_NM = _norms(cohort)
         worst_N, where_N = _scores(norms_NM).max(dim=1)
         ranked = worst_N.sort(descending=True, stable=True).indices[:most].tolist()

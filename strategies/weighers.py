@@ -18,7 +18,7 @@ from torch import Tensor
 
 from strategies.cohort import Cohort, CohortError
 from strategies.combine import combine
-from strategies.conditions import NumByzantine, remaining, require
+from strategies.conditions import NumByzantine, tolerated
 from strategies.geometry import gram, squared_distances
 from strategies.stage import Pre, Rule, Stage, chain, pure
 
@@ -47,13 +47,16 @@ def krum(*, num_byzantine: NumByzantine = 1) -> Pre:
     two honest updates of one of them. O(N^2 D) time. Raises CohortError for fewer sites.
     """
 
-    def requires(count: int, caught: int = 0) -> int:
-        require(count, num_byzantine, 2, 3, caught)
+    def lies(count: int, caught: int = 0) -> int:
+        return tolerated(count, num_byzantine, 2, 3, caught)
+
+    def requires(count: int) -> int:
+        lies(count)
         return 1
 
     def apply(cohort: Cohort) -> Cohort:
-        kept = requires(len(cohort.names), cohort.caught)
-        return _selected(cohort, _closest(cohort, num_byzantine, kept))
+        f = lies(len(cohort.names), cohort.caught)
+        return _selected(cohort, _closest(cohort, f, 1))
 
     return Stage("krum", Cohort, Cohort, pure(apply), requires=requires)
 
@@ -69,18 +72,22 @@ def multi_krum(
     own guarantee asks for fewer than N-2f-2. O(N^2 D) time. Raises CohortError for fewer sites.
     """
 
+    def lies(count: int, caught: int = 0) -> int:
+        return tolerated(count, num_byzantine, 2, 3, caught)
+
     def requires(count: int, caught: int = 0) -> int:
-        require(count, num_byzantine, 2, 3, caught)
+        f = lies(count, caught)
         if num_selected > count:
             raise CohortError(
                 f"Expected strategy.num-selected={num_selected} to be at most {count}, the number "
                 "of updates; lower it or add sites."
             )
-        return num_selected or count - remaining(num_byzantine, caught)
+        return num_selected or count - f
 
     def apply(cohort: Cohort) -> Cohort:
-        kept = requires(len(cohort.names), cohort.caught)
-        return _selected(cohort, _closest(cohort, num_byzantine, kept))
+        sites = len(cohort.names)
+        kept, f = requires(sites, cohort.caught), lies(sites, cohort.caught)
+        return _selected(cohort, _closest(cohort, f, kept))
 
     return Stage("multi-krum", Cohort, Cohort, pure(apply), requires=requires)
 
@@ -91,8 +98,7 @@ def krum_scores(distances_NN: Tensor, num_byzantine: int) -> Tensor:
     return others[:, : len(others) - num_byzantine - 2].sum(1)
 
 
-def _closest(cohort: Cohort, num_byzantine: int, count: int) -> list[int]:
-    f = remaining(num_byzantine, cohort.caught)
+def _closest(cohort: Cohort, f: int, count: int) -> list[int]:
     scores_N = krum_scores(squared_distances(gram(cohort)), f)
     return sorted(scores_N.sort(stable=True).indices[:count].tolist())
 

@@ -27,6 +27,7 @@ PAIRED = Layout(
 )
 NODES = {"ann": 907, "bob": 13, "eve": 44, "zoe": 5}
 EXAMPLES = {"ann": 120, "bob": 33, "eve": 77, "zoe": 1}
+MORE = {"cid": 61, "dee": 7, "fay": 450, "gus": 28}  # for rules that want more than a few
 Spoil = Callable[[Answer], Answer]
 
 
@@ -47,7 +48,7 @@ def honest(site: str) -> Site:
             for name, tensor in received.items()
         }
         layout = str(plan["layout"])
-        report |= {"round": round_, "layout": layout, "num-examples": EXAMPLES[site]}
+        report |= {"round": round_, "layout": layout, "num-examples": EXAMPLES.get(site, 50)}
         yield Answer(dict(to_record(delta)), dict(report))  # type: ignore[arg-type]
 
     return answer
@@ -85,7 +86,7 @@ class Log:
 
 def federation(*names: str, seed: int = 0, **others: Site) -> FakeGrid:
     """Honest sites by name, and others with the behaviour given."""
-    sites = {NODES[name]: honest(name) for name in names or NODES}
+    sites = {(NODES | MORE)[name]: honest(name) for name in names or NODES}
     return FakeGrid(sites | {NODES[name]: site for name, site in others.items()}, seed=seed)
 
 
@@ -107,7 +108,7 @@ class Bench:
     ) -> ComposedStrategy:
         config = StrategyConfig.model_validate(options)
         own = torch.linspace(1, -1, self.layout.size)
-        names = {node: name for name, node in NODES.items()}
+        names = {node: name for name, node in (NODES | MORE).items()}
         return ComposedStrategy(
             config,
             registry.build(config),

@@ -146,14 +146,14 @@ def every_fault(question: Message) -> Iterable[Answer]:
 def test_every_chain_sees_the_honest_ones_alone(chain: dict[str, str], bench: Bench) -> None:
     bench.layout = PAIRED
     options = {**chain, "clip_norm": 2.0}
-    # Eve is the one site that may lie, so that once she is caught none of the others does.
-    alone, _ = bench.run(federation("ann", "bob", "zoe"), num_byzantine=0, **options)  # type: ignore[arg-type]
-    grid = federation("ann", "bob", "zoe", eve=every_fault)
+    others = ("ann", "bob", "cid", "dee", "fay", "gus", "zoe")  # enough for Bulyan with one liar
+    alone, _ = bench.run(federation(*others), num_byzantine=1, **options)  # type: ignore[arg-type]
+    grid = federation(*others, eve=every_fault)
     got, log = bench.run(grid, num_byzantine=1, **options)  # type: ignore[arg-type]
     assert got == alone and log.of("eve").status == "quarantined"
 
 
-def test_only_a_site_that_is_caught_counts_as_one_of_the_liars(bench: Bench) -> None:
+def test_a_site_that_is_caught_counts_as_a_liar_where_too_few_are_left(bench: Bench) -> None:
     def run(spoil: Spoil | None, f: int) -> bytes:
         others = {} if spoil is None else {"eve": spoiling("eve", spoil)}
         grid = federation("ann", "bob", "zoe", **others)
@@ -161,8 +161,13 @@ def test_only_a_site_that_is_caught_counts_as_one_of_the_liars(bench: Bench) -> 
 
     caught, failed = (MALFORMED[fault][0] for fault in ("NaN", "raised"))
     assert run(None, 1) != run(None, 0)
-    assert run(caught, 1) == run(None, 0) and run(failed, 1) == run(None, 1)
+    # She may have been an honest one, so that three sites still bear the one liar they can.
+    assert run(caught, 1) == run(None, 1) and run(failed, 1) == run(None, 1)
     assert run(caught, 2) == run(None, 1)
+    with pytest.raises(RoundError, match="num-byzantine=2"):
+        run(failed, 2)
+    with pytest.raises(RoundError, match="num-byzantine=3"):
+        run(caught, 3)
 
 
 def test_a_round_with_too_few_updates_for_its_rule_says_who_is_missing_and_how_to_go_on(

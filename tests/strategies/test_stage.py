@@ -9,7 +9,7 @@ import torch
 
 from models.layout import Layout
 from strategies.cohort import Cohort, CohortError, Delta
-from strategies.conditions import require
+from strategies.conditions import tolerated
 from strategies.rules import clip, mean
 from strategies.server_optimizers import momentum, none, yogi
 from strategies.stage import ComposeError, Facts, Post, Pre, Rule, Stage, State, chain, pure
@@ -130,11 +130,16 @@ def test_a_stage_without_a_proof_proves_nothing_and_ends_the_proof_before_it() -
 
 def test_the_number_of_rows_is_checked_along_the_chain() -> None:
     def halve(count: int) -> int:
-        return require(count, 2, 2, 3) // 2
+        tolerated(count, 2, 2, 3)
+        return count // 2
+
+    def choose(count: int) -> int:
+        tolerated(count, 1, 1, 4)
+        return count
 
     kept = pure(lambda cohort: cohort)
     half = Stage("half", Cohort, Cohort, kept, requires=halve)
-    picky = Stage("picky", Cohort, Cohort, kept, requires=lambda n: require(n, 1, 1, 4))
+    picky = Stage("picky", Cohort, Cohort, kept, requires=choose)
     rule = chain(half, picky, mean())
     assert rule.requires(10) == 5
     with pytest.raises(CohortError, match=r"num-byzantine=1 to be at most 0 \(n=4 needs n ≥ f\+4"):
