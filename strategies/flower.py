@@ -152,12 +152,8 @@ class ComposedStrategy(Strategy):
         s = self._settings
         log(INFO, "\t├──> Chain: %s", self._chain.name)
         log(INFO, "\t├──> Sites per round: %.0f %% of those present", 100 * s.fraction)
-        log(
-            INFO,
-            "\t└──> Payload: %d values, layout %s",
-            self._layout.size,
-            self._layout.digest[:12],
-        )
+        size, digest = self._layout.size, self._layout.digest
+        log(INFO, "\t└──> Payload: %d values, layout %s", size, digest[:12])
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -213,10 +209,10 @@ class ComposedStrategy(Strategy):
                 content["parcel"] = ConfigRecord(dict(parcels[site]))
             return Message(content, node_id, kind, group_id=str(round_))
 
-        asked = sorted(self._asked.items(), key=lambda entry: entry[1])
-        asked = [(n, site) for n, site in asked if parcels is None or site in parcels]
-        self._listener.asked(kind, round_, [site for _, site in asked])
-        return [message(n, site) for n, site in asked]
+        nodes = {site: node_id for node_id, site in self._asked.items()}
+        asked = sorted(site for site in nodes if parcels is None or site in parcels)
+        self._listener.asked(kind, round_, asked)
+        return [message(nodes[site], site) for site in asked]
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
