@@ -21,6 +21,7 @@ from privacy.tls import Identity, read_pem
 
 WIRE = "fp32"  # one token at a time: exact, and small beside the way there and back
 _OVERHEAD = 4096  # bytes of a frame beside its values, with room
+_TEXTS = 16  # that a site may write at a time
 _TOKENS = 8192  # of a model that sets no limit itself
 
 
@@ -123,7 +124,7 @@ def _serve(options: argparse.Namespace) -> None:
     sites = dict(map(_certificate, options.certificate_of))
     with StreamServer(
         Identity.read(options.keys), sites, service.serve, address=options.address,
-        max_bytes=max_bytes(limits),
+        max_bytes=max_bytes(limits), each=_TEXTS,
     ) as server:  # fmt: skip
         host = options.address.rpartition(":")[0]
         print(

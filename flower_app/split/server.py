@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from logging import INFO, WARNING
+from threading import Lock
 
 from flwr.common.logger import log
 from torch import Tensor
@@ -15,6 +16,7 @@ from flower_app.split.stream import StreamServer
 from models.section import ConfigError
 from models.split.adapter import added, factors, load_factors
 from models.split.base import SplitBase
+from models.split.inbox import Inbox
 from models.split.link import Frames
 from models.split.messages import Kind, Message
 from models.split.middle import MiddleWorker
@@ -26,6 +28,8 @@ from strategies.exchange import Ask, Decoded, Exchange, Intake, Parcel, Received
 from strategies.gate import Reply
 from strategies.messages import Scalar
 from strategies.product import side
+
+_BEGUN = "Expected scores before the next round, but it has begun."
 
 
 class SplitServer:
@@ -44,6 +48,8 @@ class SplitServer:
         self._limits = limits(config, base.model.config.hidden_size)
         self._scorer = MiddleWorker(base.middle, most=0, precision=config.train.precision)
         self._round: Round | None = None
+        self._scoring: dict[str, Inbox] = {}  # streams between rounds
+        self._free = Lock()  # held while the middle scores, and where rounds begin and end
         self._start: dict[str, Tensor] = {}  # what the replicas of the round began with
         self._identity = Identity.fresh()
         self._stream = StreamServer(
@@ -104,8 +110,12 @@ class SplitServer:
 
     def begin(self, round_: int, sites: Sequence[str]) -> None:
         """Train with the streams of these sites from now on."""
-        self._round = self._sharing(round_, sites)
-        self._start = self.state()
+        with self._free:
+            for inbox in self._scoring.values():
+                inbox.close(SplitError(_BEGUN))
+            self._scoring.clear()
+            self._round = self._sharing(round_, sites)
+            self._start = self.state()
 
     def absent(self, site: str, why: str) -> None:
         """Let no other site wait for one that does not train in this round."""
@@ -116,30 +126,50 @@ class SplitServer:
         """End the round and keep what its replicas learnt: the mean of their products for LoRA."""
         if self._round is None:
             return
-        ended, self._round = self._round, None
+        ended = self._round
         learnt = finite(ended.finish())
         for site, why in ended.dropped.items():
             log(WARNING, "The stream of %s ended early: %s", site, why)
         figures = ", ".join(f"{name} {value:.3g}" for name, value in ended.report().items())
         log(INFO, "The middle, %s: %s", self.schedule, figures)
-        self.restore(mean_of(self._start, learnt))
-        self._start = {}
-        self._middle.eval()
+        with self._free:
+            before, self._start, self._round = self._start, {}, None
+            self.restore(mean_of(before, learnt))
+            self._middle.eval()
 
     def _serve(self, site: str, frames: Frames) -> Frames:
-        current = self._round
-        yield from current.serve(site, frames) if current else self._scores(site, frames)
+        with self._free:
+            current = self._round
+            if current is None:
+                inbox = self._scoring[site] = Inbox(frames)
+        yield from current.serve(site, frames) if current else self._scores(site, inbox)
 
-    def _scores(self, site: str, frames: Frames) -> Frames:
-        for frame in frames:
-            asked = self._limits.decode(frame)
+    def _scores(self, site: str, inbox: Inbox) -> Frames:
+        """Answer one that scores between rounds, until it stalls or the next round begins."""
+        try:
+            while (frame := inbox.next(self._config.split.stall_s)) is not None:
+                yield self._scored(site, frame)
+        except TimeoutError:
+            stall_s = self._config.split.stall_s
+            raise SplitError(f"Expected a word within split.stall-s={stall_s:g}.") from None
+        finally:
+            inbox.close()
+            with self._free:
+                if self._scoring.get(site) is inbox:
+                    del self._scoring[site]
+
+    def _scored(self, site: str, frame: bytes) -> bytes:
+        asked = self._limits.decode(frame)
+        with self._free:
+            if self._round is not None:
+                raise SplitError(_BEGUN)
             if asked.kind is not Kind.SCORE or asked.values is None or asked.mask is None:
                 raise SplitError(
                     f"Expected nothing but scores between rounds, got {asked.kind.name} of "
                     f"{site!r}."
                 )
             found = self._scorer.score(asked.values, asked.mask)
-            yield Message(Kind.SCORED, asked.key, found).encode(self._limits.precision)
+        return Message(Kind.SCORED, asked.key, found).encode(self._limits.precision)
 
     def __enter__(self) -> SplitServer:
         """Nothing to do."""

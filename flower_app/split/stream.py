@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from logging import WARNING
+from threading import Lock
 from typing import Any
 
 import grpc
@@ -38,10 +40,11 @@ def _options(max_bytes: int) -> list[tuple[str, Any]]:
 
 
 class StreamServer:
-    """Serves one stream per site; use as a context manager, or call `stop`.
+    """Serves the streams of sites; use as a context manager, or call `stop`.
 
     `sites` maps their names to certificates (PEM); `admit` names others later. A frame above
-    `max_bytes` ends its stream, and no more than `most` streams are served at a time.
+    `max_bytes` ends its stream, and no more than `most` streams are served at a time, `each` of one
+    site: another one ends its oldest.
     """
 
     def __init__(
@@ -53,8 +56,12 @@ class StreamServer:
         address: str = "127.0.0.1:0",
         max_bytes: int,
         most: int = 256,
+        each: int = 1,
     ) -> None:
         """Start serving; raises ConfigError where the address cannot be had."""
+        self._each = each
+        self._open: dict[str, list[grpc.ServicerContext]] = {}
+        self._lock = Lock()
         self._identity = identity
         self._handler = handler
         self._server = grpc.server(ThreadPoolExecutor(most, "stream"), options=_options(max_bytes))
@@ -99,17 +106,29 @@ class StreamServer:
         found = context.auth_context()
         if found.get("ssl_tls_version") != [b"TLSv1.3"]:
             context.abort(grpc.StatusCode.UNAUTHENTICATED, "Expected TLS 1.3.")
+        site = None
         certificate = b"".join(found.get("x509_pem_cert", ()))
-        site = self._sites.get(fingerprint(certificate)) if certificate else None
+        with suppress(ConfigError):
+            site = self._sites.get(fingerprint(certificate))
         if site is None:  # signed by a key of this run, but not one of its certificates
             context.abort(grpc.StatusCode.UNAUTHENTICATED, "Expected a certificate of this run.")
         assert site is not None
+        with self._lock:
+            streams = self._open.setdefault(site, [])
+            streams.append(context)
+            oldest = streams.pop(0) if len(streams) > self._each else None
+        if oldest is not None:
+            oldest.cancel()
         try:
             yield from self._handler(site, frames)
         except Exception as error:
             # Its text may hold anything; the site needs to know that it is over, and no more.
             log(WARNING, "The stream of %s ended: %s", site, error)
             context.abort(grpc.StatusCode.ABORTED, "The server ended the stream; its log says why.")
+        finally:
+            with self._lock:
+                if context in streams:
+                    streams.remove(context)
 
     def stop(self) -> None:
         """End all streams."""

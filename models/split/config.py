@@ -73,11 +73,14 @@ class SplitConfig(Section):
     wait_s: float = Field(
         60.0,
         gt=0,
-        description="Seconds that the middle waits for a site of the round to begin, or to keep up "
-        "with the others, before it goes on without.",
+        description="Seconds that the middle waits for a site of the round to open its stream, or "
+        "to keep up with the others, before it goes on without.",
     )
     stall_s: float = Field(
-        120.0, gt=0, description="Seconds without a word after which a stream is given up."
+        120.0,
+        gt=0,
+        description="Seconds without a word after which a stream is given up, and after which "
+        "nobody waits for a site that still scores, or for its own part of one step.",
     )
     listen: str = Field(
         "127.0.0.1:0",

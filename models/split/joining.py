@@ -166,7 +166,20 @@ class Joined(Streams):
         """Sites that take part and have not asked yet."""
         here = self._open.keys() if self._left(self._came, now) <= 0 else set(self._sites)
         away = self._gone | self._resting | self._asking.keys()
-        return [site for site in self._sites if site in here and site not in away]
+        missing = [site for site in self._sites if site in here and site not in away]
+        self._drop_stalled(missing)
+        return [s for s in missing if s not in self._gone and self._worth(s, now) > 0]
+
+    def _worth(self, site: str, now: float) -> float:
+        """Seconds that a missing site is still waited for, whatever it says; less than 0: no more.
+
+        One that takes longer is not left out: it goes on with whoever is there then.
+        """
+        if site in self._stepping:
+            return self._hurry(site, now)
+        if site in self._begun or site not in self._entered:
+            return self._settings.stall_s
+        return max(self._came, self._entered[site]) + self._settings.stall_s - now
 
     def _waits(self, missing: Sequence[str], now: float) -> bool:
         """Whether passes wait for those: always for one that has yet to begin."""
@@ -175,13 +188,14 @@ class Joined(Streams):
 
     def _patience(self, now: float) -> float:
         """Seconds until waiting may be over; leaves out who stalls."""
-        missing = self._missing(now)
-        stalling = self._drop_stalled(missing)
-        if any(site in self._gone for site in missing):
+        gone, missing = len(self._gone), self._missing(now)
+        if len(self._gone) > gone:
             self._changed.notify_all()
             return 0.0
         waiting = (self._left(since, now) for since in (self._since, self._came))
-        return min([stalling, *(left for left in waiting if left > 0)])
+        worth = (self._worth(site, now) for site in missing)
+        stalling = self._drop_stalled(missing)
+        return min([stalling, *worth, *(left for left in waiting if left > 0)])
 
     def _wave(self, now: float) -> _Wave | None:
         """What can be computed now."""

@@ -39,7 +39,7 @@ class Settings:
 
     `most_graphs` micro-batches of a site may be under way at a time; `join_tokens`, padding
     included, go into one pass. `wait_s` is how long those who are there wait for one who is not,
-    `stall_s` how long a site may say nothing.
+    `stall_s` how long a site may say nothing, score before it trains, or compute in a step.
     """
 
     limits: Limits
@@ -151,7 +151,9 @@ class Streams(ABC):
         self._changed = Condition()
         self._open: dict[str, Inbox] = {}
         self._silent: dict[str, float] = {}  # since when a site's next frame is waited for
-        self._stepping: set[str] = set()  # in the middle of an optimiser step
+        self._entered: dict[str, float] = {}  # when a site's stream was opened
+        self._stepping: dict[str, int] = {}  # micro-batches of the step that a site is in
+        self._slow: dict[str, float] = {}  # seconds that it took for its own part of that step
         self._gone: set[str] = set()
         self._over: SplitError | None = None
         self.dropped: dict[str, str] = {}
@@ -225,6 +227,7 @@ class Streams(ABC):
             if site in self._open or site in self._gone:
                 raise SplitError(f"Expected one stream of {site!r} in a round, got another.")
             inbox = self._open[site] = Inbox(frames)
+            self._entered[site] = time.monotonic()
         self._expects(site)
         return inbox
 
@@ -235,7 +238,7 @@ class Streams(ABC):
             self._gone.add(site)
             for known in (self._open, self._silent):
                 known.pop(site, None)
-            self._stepping.discard(site)
+            self._stepping.pop(site, None)
             self._changed.notify_all()
         self._trainer.forget(site)
 
@@ -254,14 +257,17 @@ class Streams(ABC):
         with self._changed:
             if frame is not None:
                 self._go_on(site)
-            self._silent.pop(site, None)
+            since = self._silent.pop(site, None)
+            if since is not None and site in self._stepping:
+                self._slow[site] = self._slow.get(site, 0.0) + time.monotonic() - since
         return frame
 
     def _answered(self, site: str, question: Message) -> Message:
         key, kind, values, mask = question.key, question.kind, question.values, question.mask
         if kind is Kind.SCORE and values is not None and mask is not None:
-            if site not in self._stepping:
-                self._rests(site)
+            if site in self._stepping:  # the others may be waiting for its step
+                raise SplitError(f"Expected no held-out rows in a step, got some of {site!r}.")
+            self._rests(site)
             return Message(Kind.SCORED, key, self._trainer.worker.score(values, mask))
         if kind is Kind.FORWARD and values is not None and mask is not None:
             return Message(Kind.HIDDEN, key, self._pass(site, Forward(site, key, values, mask)))
@@ -276,13 +282,20 @@ class Streams(ABC):
             )
         self._trains(site, None)
         with self._changed:
-            self._stepping.discard(site)
+            self._stepping.pop(site, None)
+            self._slow.pop(site, None)
         return Message(Kind.STEPPED, key)
 
     def _pass(self, site: str, asked: Forward | Backward) -> Tensor:
         self._trainer.worker.check(asked)
         with self._changed:
-            self._stepping.add(site)
+            count = self._stepping.get(site, 0) + isinstance(asked, Forward)
+            if count > (most := self._settings.train.grad_accumulation):
+                raise SplitError(
+                    f"Expected at most train.grad-accumulation={most} micro-batches in a step, got "
+                    f"one more by {site!r}; give both sides the same configuration."
+                )
+            self._stepping[site] = count
         found = self._trains(site, asked)
         assert found is not None
         return found
@@ -311,6 +324,11 @@ class Streams(ABC):
             self._silent.pop(site)
             self._trainer.forget(site)  # its own thread may hang in an answer nobody takes
         return left
+
+    def _hurry(self, site: str, now: float) -> float:
+        """Seconds that are left to a site in a step for its own part of it, or less than 0."""
+        silent = now - self._silent.get(site, now)
+        return self._settings.stall_s - self._slow.get(site, 0.0) - silent
 
     def _stalled(self) -> SplitError:
         return SplitError(f"it said nothing for {self._settings.stall_s:g} s")

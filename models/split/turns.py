@@ -16,19 +16,23 @@ class Turns(Streams):
     """Sites take turns in the order of their names; the middle's weights carry on to the next.
 
     Each turn has an optimiser of its own. A site that is not there `wait_s` after its turn came is
-    asked last. One whose turn it is not waits, and its stream with it.
+    asked last, and so is one that is there and does not train, between steps, for `stall_s`. One
+    whose turn it is not waits, and its stream with it.
     """
 
     def __init__(self, middle: Middle, sites: Sequence[str], settings: Settings) -> None:
         super().__init__(middle, sites, settings)
         self._queue = list(self._sites)
-        self._since = 0.0  # when the turn of the first in the queue came, once somebody is there
+        # When the turn of the first in the queue came, once somebody is there, or its last step.
+        self._since = 0.0
         self._holder = ""
 
     def _trains(self, site: str, asked: Forward | Backward | None) -> Tensor | None:
         self._take_turn(site)
         if asked is None:
             self._trainer.step(1)
+            with self._changed:
+                self._since = time.monotonic()
             return None
         with self._trainer.alone() as worker:
             self._go_on(site)
@@ -57,8 +61,12 @@ class Turns(Streams):
             self._queue.append(first)
         elif first not in self._gone:
             left = self._drop_stalled([first])
-            if first not in self._gone:
+            if first not in self._gone and first not in self._stepping:
+                left = min(left, self._since + self._settings.stall_s - now)
+            if left > 0 and first not in self._gone:
                 return left
+            if first not in self._gone:  # it says something, but nothing of training
+                self._queue.append(first)
         self._queue.pop(0)
         self._since = now
         self._changed.notify_all()

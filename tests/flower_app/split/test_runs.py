@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from flower_app import client_app
+from flower_app import client_app, compose
 from flower_app.config import parse
 from flower_app.node import parse_node
 from flower_app.split.server import SplitIntake, finite, mean_of
@@ -32,6 +33,9 @@ from models.payload import Payload
 from models.section import ConfigError
 from models.split.link import FrameLink
 from models.split.load import Cuts, write_parts
+from models.split.messages import Kind
+from models.split.messages import Message as Message_
+from models.split.step import SplitError
 from strategies.flower import RoundError
 from tests.fakes import Answer, FakeGrid
 from tests.flower_app.nodes import NAMES, Nodes
@@ -363,6 +367,32 @@ def test_sites_and_rounds_round_gradients_by_draws_of_their_own(
         simulate(nodes, f"run-{len(seeds)}", SPLIT | {"split__wire": "int8"})
     training = seeds[: len(seeds) // 2][:6]
     assert len(set(training)) == 6 and seeds[: len(seeds) // 2] == seeds[len(seeds) // 2 :]
+
+
+def test_scores_between_rounds_end_with_a_pause_or_with_the_next_round(nodes: Nodes) -> None:
+    config = parse(nodes.flat(**SPLIT, split__stall_s=0.2))
+    base = compose.load_base(config)
+    compose.attach(config, base)
+    server = compose.split_server(config, base, 3, "")
+    assert server is not None
+    asked: SimpleQueue[bytes | None] = SimpleQueue()
+    frame = Message_(Kind.SCORE, 1, torch.ones(1, 3, 32), torch.ones(1, 3).long()).encode("fp32")
+    with server:
+        silent = server._serve("east", iter(asked.get, None))
+        asked.put(frame)
+        assert next(silent)
+        with pytest.raises(SplitError, match=r"a word within split.stall-s=0.2"):
+            next(silent)
+        asked = SimpleQueue()
+        left_over = server._serve("east", iter(asked.get, None))
+        asked.put(frame)
+        assert next(left_over)
+        server.begin(1, ["north"])
+        asked.put(frame)
+        with pytest.raises(SplitError, match="before the next round, but it has begun"):
+            next(left_over)
+        server.finish()
+        assert not server._scoring and not server._middle.training
 
 
 def test_nobody_waits_for_a_site_that_says_it_cannot() -> None:

@@ -237,6 +237,33 @@ def test_a_bad_frame_ends_its_own_stream_alone(
     assert list(answers) == [b"south:tsal"]
 
 
+def test_a_site_has_one_stream_at_a_time(keys: dict[str, Identity]) -> None:
+    """One that opens more ends its own, and takes no thread from the others."""
+    sites = {name: keys[name].certificate for name in ("north", "south")}
+    ends = threading.Event()
+
+    def idle() -> Iterator[bytes]:
+        yield b"abc"
+        ends.wait(20)
+
+    with StreamServer(keys["server"], sites, reversed_frames, max_bytes=MOST, most=4) as running:
+        opened = [
+            exchange(
+                f"127.0.0.1:{running.port}", keys["north"], keys["server"].certificate, idle(),
+                max_bytes=MOST, timeout=20,
+            )
+            for _ in range(12)
+        ]  # fmt: skip
+        assert [next(one) for one in opened] == [b"north:cba"] * 12
+        assert ask(running, keys, "south", b"abc") == [b"south:cba"]
+        for older in opened[:-1]:
+            with pytest.raises(StreamError, match="CANCELLED"):
+                next(older)
+        assert len(running._open["north"]) == 1
+        ends.set()
+        assert list(opened[-1]) == []
+
+
 def test_a_listener_in_between_sees_no_plain_text(
     server: StreamServer, keys: dict[str, Identity]
 ) -> None:

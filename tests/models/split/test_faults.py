@@ -129,6 +129,55 @@ def test_a_site_that_never_takes_its_answers_is_left_out() -> None:
     assert "ann" in round_.dropped and kept(round_) == 0
 
 
+@pytest.mark.parametrize("schedule", [sequential, client_batch, hierarchical])
+def test_a_site_that_only_scores_does_not_hold_the_others_up(schedule: Any) -> None:
+    parts = model()
+    first, other = ("ann", "bob") if schedule is sequential else ("bob", "ann")
+    round_ = schedule(middles(parts, 1), ["ann", "bob"], settings(wait_s=0.1, stall_s=0.5))
+    with linked(round_, first) as talker:
+        talker.score(1, *question()).result(timeout=20)
+        (honest_one,) = in_threads([partial(honest, round_, other, parts)])
+        key, began = 1, time.monotonic()
+        while not honest_one.done() and time.monotonic() < began + 10:
+            key += 1
+            talker.score(key, *question()).result(timeout=20)
+            time.sleep(0.02)
+        assert honest_one.done() and honest_one.result().steps == 3
+        assert time.monotonic() - began > 0.3  # it was waited for, if not for ever
+        talker.forward(1, *question()).result(timeout=20)  # nor is it left out
+    assert "said nothing" not in round_.dropped.get(first, "")
+
+
+def test_a_step_ends_for_all_when_one_site_never_ends_its_own() -> None:
+    """Neither held-out rows nor more micro-batches keep a step open, nor slow ones for ever."""
+    parts = model()
+    for wrong, message in (
+        ("score", "no held-out rows in a step"),
+        ("forward", "at most train.gra"),
+    ):
+        round_ = client_batch([parts.middle], ["ann", "bob"], settings(wait_s=0.1))
+        with linked(round_, "bob") as bob:
+            (ann,) = in_threads([partial(honest, round_, "ann", parts)])
+            for key in (1, 2):
+                bob.forward(key, *question()).result(timeout=20)
+            with pytest.raises(SplitError, match=message):
+                getattr(bob, wrong)(3, *question()).result(timeout=20)
+            assert ann.result(timeout=20).steps == 3
+    round_ = client_batch([parts.middle], ["ann", "bob"], settings(wait_s=0.1, stall_s=0.5))
+    with linked(round_, "bob") as bob, linked(round_, "ann") as quick:
+        for asked in [bob.forward(1, *question()), quick.forward(1, *question())]:
+            asked.result(timeout=20)
+        quick.backward(1, question()[0]).result(timeout=20)
+        stepped = quick.step(1)
+        for work in (partial(bob.forward, 2, *question()), partial(bob.backward, 1, question()[0])):
+            time.sleep(0.3)  # never silent for long, but slow
+            work().result(timeout=20)
+        stepped.result(timeout=0.4)
+        bob.backward(2, question()[0]).result(timeout=20)
+        bob.step(1)
+    assert "bob" not in round_.dropped or "said nothing" not in round_.dropped["bob"]
+
+
 def test_a_late_site_takes_part_from_then_on() -> None:
     parts = model()
     round_ = client_batch([parts.middle], ["ann", "bob"], settings(wait_s=0.2))
