@@ -112,7 +112,7 @@ def test_a_run_that_is_not_allowed_is_refused(
 
 
 def test_releases_that_delta_covers_without_any_noise_are_refused() -> None:
-    seldom = replace(ROUND, noise_multiplier=0.001, sample_rate=5e-6, count=1)
+    seldom = replace(ROUND, noise_multiplier=0.1, sample_rate=5e-6, count=1)
     assert spent([seldom], 1e-5) == 0.0
     with pytest.raises(PolicyError, match="By this site's policy: Expected a delta below 5e-06"):
         made(max_epsilon=1.0).check_budget("record", [], [seldom])

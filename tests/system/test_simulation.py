@@ -35,7 +35,14 @@ def test_run_leaves_everything_promised(whole_run: WholeRun) -> None:
     assert len(sites) == 3 * 3
     assert {row["base_reads"] for row in sites} == {1}, "a worker read the base model again"
     assert (run / "report.html").stat().st_size > 10_000
-    promised = {"adapter", "checkpoint", "config.toml", "metrics.jsonl", "report.html"}
+    promised = {
+        "adapter",
+        "asked.jsonl",
+        "checkpoint",
+        "config.toml",
+        "metrics.jsonl",
+        "report.html",
+    }
     assert {path.name for path in run.iterdir()} == promised | {"summary.json"}
     assert "mode = " not in (run / "config.toml").read_text()
     assert "federated-learning" in (run / "adapter" / "README.md").read_text()
