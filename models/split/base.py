@@ -68,41 +68,29 @@ def load(
     for a model that cannot be cut, and for a folder without these parts.
     """
     with _LOADING:
-        return _load(model, payload, split, wanted, path, num_labels, seed)
-
-
-def _load(
-    model: ModelConfig,
-    payload: PayloadConfig,
-    split: SplitConfig,
-    wanted: Collection[PartName],
-    path: str,
-    num_labels: int,
-    seed: int,
-) -> SplitBase:
-    site = "head" in wanted
-    folder = find_folder(path or model.name, tokenizer=site)
-    quiet()
-    check_parity(folder, model.task)
-    if not site and (why := _starts_from(split, payload)):
-        _check_whole(folder, why)
-        wanted = (*SITE, *SERVER)
-    prompt = split.head == "soft-prompt"
-    reads = site or (prompt and payload.init == "text")
-    tokenizer: Any = _tokenizer(path or model.name) if reads else None
-    cuts = Cuts(split.head_blocks, split.tail_blocks, model.task, num_labels)
-    parts, settings = load_split(
-        folder, wanted, cuts, dtype=getattr(torch, model.dtype), seed=seed,
-        payload=payload.model_copy(update={"kind": "soft-prompt" if prompt else "lora"}),
-    )  # fmt: skip
-    assert settings is not None
-    if prompt:
-        parts = parts._replace(head=prompted(parts.head, payload, tokenizer, seed))
-    settings = train(parts, settings, (split.head, split.middle, split.tail))
-    ends: Any = SiteModel(parts.head, parts.tail)
-    (ends if site else parts.middle).to(device())
-    fresh = ("classifier",) if model.task == "classification" else ()
-    return SplitBase(ends, tokenizer, folder, False, fresh, parts.middle, settings, cuts)
+        site = "head" in wanted
+        folder = find_folder(path or model.name, tokenizer=site)
+        quiet()
+        check_parity(folder, model.task)
+        if not site and (why := _starts_from(split, payload)):
+            _check_whole(folder, why)
+            wanted = (*SITE, *SERVER)
+        prompt = split.head == "soft-prompt"
+        reads = site or (prompt and payload.init == "text")
+        tokenizer: Any = _tokenizer(path or model.name) if reads else None
+        cuts = Cuts(split.head_blocks, split.tail_blocks, model.task, num_labels)
+        parts, settings = load_split(
+            folder, wanted, cuts, dtype=getattr(torch, model.dtype), seed=seed,
+            payload=payload.model_copy(update={"kind": "soft-prompt" if prompt else "lora"}),
+        )  # fmt: skip
+        assert settings is not None
+        if prompt:
+            parts = parts._replace(head=prompted(parts.head, payload, tokenizer, seed))
+        settings = train(parts, settings, (split.head, split.middle, split.tail))
+        ends: Any = SiteModel(parts.head, parts.tail)
+        (ends if site else parts.middle).to(device())
+        fresh = ("classifier",) if model.task == "classification" else ()
+        return SplitBase(ends, tokenizer, folder, False, fresh, parts.middle, settings, cuts)
 
 
 def _tokenizer(name: str) -> Any:

@@ -98,14 +98,15 @@ class Trainer:
             if self._optimizer is None or not gradients:
                 self.steps += 1
                 return
-            if not bool(size_of(gradients).isfinite()):
+            for gradient in gradients if count > 1 else ():
+                gradient.div_(count)
+            norm = size_of(gradients)
+            if not bool(norm.isfinite()):
                 _LOG.warning("A step of the middle is left out: its gradient is not finite.")
                 self._drop_gradients()
                 return
-            for gradient in gradients if count > 1 else ():
-                gradient.div_(count)
-            if self._settings.train.max_grad_norm:
-                torch.nn.utils.clip_grad_norm_(self._trained, self._settings.train.max_grad_norm)
+            if most := self._settings.train.max_grad_norm:
+                torch.nn.utils.clip_grads_with_norm_(self._trained, most, norm)
             self._optimizer.step()
             self.steps += 1
             self._drop_gradients()
