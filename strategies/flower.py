@@ -324,7 +324,7 @@ class ComposedStrategy(Strategy):
         return Cohort.of(self._layout, self._base_D, got.rows, got.weights)
 
     def _run_chain(self, round_: int, cohort: Cohort, outcomes: Sequence[SiteOutcome]) -> Delta:
-        # A rule is told of f sites that may lie: those that the gate caught are some of them.
+        # Where too few are left for f liars, those that the gate caught count among them.
         caught = sum(outcome.status == "quarantined" for outcome in outcomes)
         cohort = replace(cohort, lora_scale=self._lora_scale, caught=caught)
         if self._trusted:

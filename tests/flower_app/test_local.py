@@ -22,7 +22,7 @@ def after(command: list[str], option: str) -> list[str]:
 def test_settings_arrive_at_flower_as_they_were_given(tmp_path: Path) -> None:
     settings: dict[str, bool | int | float | str] = {
         "payload.init-text": "Answer the patient's question",
-        "run.output-dir": "/home/o'brien/my runs",
+        "run.output-dir": "~/o'brien/my runs",
         "data.template": 'Ask "{prompt}" here: \\n x=1',
         "model.name": r"C:\models $BASE",
         "data.labels": "größer,kleiner\tgleich",

@@ -12,14 +12,21 @@ from tests.models.split.families import tiny
 
 
 @pytest.fixture
+def family() -> str:
+    """Architecture of the sites' model."""
+    return "llama"
+
+
+@pytest.fixture
 def nodes(
+    family: str,
     tiny_tokenizer: PreTrainedTokenizerFast,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     one_thread: None,
 ) -> Nodes:
-    """Three sites on a tiny Llama of four blocks."""
+    """Three sites on a tiny model of four blocks."""
     folder = tmp_path / "model"
-    tiny("llama", vocab_size=len(tiny_tokenizer)).save_pretrained(folder)
+    tiny(family, vocab_size=len(tiny_tokenizer)).save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
     return Nodes(tmp_path, folder, monkeypatch)

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import PreTrainedTokenizerFast
 
 from flower_app import generate
 from flower_app.split.server import mean_of
@@ -18,21 +17,12 @@ from models.split.load import Cuts, write_parts
 from tests.flower_app.nodes import Nodes
 from tests.flower_app.runs import Killed, bytes_below, deploy, killed_in, rows, run, simulate
 from tests.flower_app.split.test_runs import SPLIT, joined, together
-from tests.models.split.families import tiny
 
 
 @pytest.fixture
-def nodes(
-    tiny_tokenizer: PreTrainedTokenizerFast,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    one_thread: None,
-) -> Nodes:
-    """Three sites on a tiny GPT-2 of four blocks, whose embedding is its output layer too."""
-    folder = tmp_path / "model"
-    tiny("gpt2", vocab_size=len(tiny_tokenizer)).save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
-    return Nodes(tmp_path, folder, monkeypatch)
+def family() -> str:
+    """GPT-2, whose embedding is its output layer too."""
+    return "gpt2"
 
 
 def moved(nodes: Nodes, folder: Path) -> set[str]:
