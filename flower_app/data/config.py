@@ -59,8 +59,9 @@ class DataConfig(Section):
     labels: str = Field(
         "",
         description="Comma-separated class names, in order; needed by deployed sites whose labels "
-        "are words. Empty: integers as they are, also those in csv files, words sorted. A cell is "
-        "looked for among the names first and is an index otherwise.",
+        "are words. Empty: integers as they are, also those in csv files, words sorted, truth "
+        "values as false,true. A cell is looked for among the names first and is an index "
+        "otherwise.",
     )
     template: str = Field(
         "",

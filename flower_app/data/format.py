@@ -47,7 +47,10 @@ def make_records(rows: Dataset, config: DataConfig, labels: Sequence[str] = ()) 
 
 
 def class_names(datasets: Sequence[Dataset], config: DataConfig) -> tuple[str, ...]:
-    """Names of the classes, in order: as declared, else the words sorted, or 0 to the largest."""
+    """Names of the classes, in order: as declared, else the words sorted, or 0 to the largest.
+
+    Truth values are `false` and `true`.
+    """
     if given := config.label_names():
         return given
     for rows in datasets:
@@ -56,6 +59,8 @@ def class_names(datasets: Sequence[Dataset], config: DataConfig) -> tuple[str, .
         if isinstance(feature, ClassLabel):
             return tuple(feature.names)
     cells = [cell for rows in datasets for cell in rows[config.label_column][:]]
+    if any(isinstance(cell, bool) for cell in cells):
+        return ("false", "true")
     if any(isinstance(cell, str) and _number(cell) is None for cell in cells):
         return tuple(sorted({cell for cell in cells if isinstance(cell, str)}))
     numbers = [number for cell in cells if (number := _number(cell)) is not None]

@@ -131,6 +131,17 @@ def test_truth_values_are_found_by_name_before_they_count_as_numbers() -> None:
     chosen = config(format="classification")
     assert [r.label for r in make_records(rows, chosen, ("true", "false"))] == [0, 1]  # type: ignore[union-attr]
     assert [r.label for r in make_records(rows, chosen, ("no", "yes"))] == [1, 0]  # type: ignore[union-attr]
+    with pytest.raises(DataError, match="one of '0', '1' in column 'label', got bool 'True'"):
+        make_records(rows, chosen, ("0", "1"))
+
+
+def test_truth_values_are_classes_where_none_are_declared() -> None:
+    chosen = config(format="classification")
+    rows = Dataset.from_dict({"text": ["a", "b"], "label": [True, False]})
+    found = class_names([rows, rows.select([0])], chosen)
+    assert found == ("false", "true")
+    assert [r.label for r in make_records(rows, chosen, found)] == [1, 0]  # type: ignore[union-attr]
+    assert class_names([rows.select([0])], chosen) == ("false", "true")
 
 
 def test_numbers_in_csv_are_answers_and_indices(tmp_path: Path) -> None:
