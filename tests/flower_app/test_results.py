@@ -61,20 +61,28 @@ def test_figures_of_other_settings_are_not_mixed_in(tmp_path: Path) -> None:
 
 
 def test_split_tasks_compare_the_same_seeds() -> None:
-    def figures(before: float, after: float) -> dict[str, Any]:
-        ends = {"zero_shot": {"accuracy": before}, "federated": {"accuracy": after}}
-        return {"metric": "accuracy", **ends}
+    def figures(before: float, after: float, guess: float | None = 0.5) -> dict[str, Any]:
+        ends = {"accuracy": after, "loss": 1 - after}
+        found = {"zero_shot": {"accuracy": before}, "federated": ends, "most_frequent": guess}
+        return {"metric": "accuracy", **found}
 
+    ways = (("central", 0.6), ("federated", 0.5), ("split", 0.7))
     found = {
-        f"rte/{way}/{seed}": figures(0.5, after + seed / 10)
-        for way, after in (("central", 0.6), ("federated", 0.5), ("split", 0.7))
+        f"{task}/{way}/{seed}": figures(0.5, after + seed / 10 * (way == "split"), guess)
+        for task, guess in (("rte", 0.52), ("xsum", None))
+        for way, after in ways
         for seed in (0, 1)
     }
     found["rte/split/2"] = figures(0.5, 0.0)  # of a seed that is not whole yet
-    row = split_tasks.table(found).splitlines()[-1]
-    assert row == (
-        "| rte, 2 seeds | MiniLM | accuracy | 0.500 ± 0.000 | 0.650 ± 0.071 | 0.550 ± 0.071 | "
-        "0.750 ± 0.071 | +0.100 ± 0.000 |"
+    rte, xsum, _, summed = split_tasks.table(found).splitlines()[-4:]
+    assert rte == (
+        "| rte, 2 seeds | MiniLM | accuracy | 0.520 | 0.500 ± 0.000 | 0.600 ± 0.000 | "
+        "0.500 ± 0.000 | 0.750 ± 0.071 | +0.150 ± 0.071 | 0.400 ± 0.000; 0.250 ± 0.071 |"
+    )
+    assert xsum.startswith("| xsum, 2 seeds | stories260K | accuracy | – |")
+    assert summed == (  # of rte alone: differences of 10 and 20 points
+        "Split against central over all 2 pairs of runs that classify: +15.00 points, "
+        "standard error 5.00."
     )
     one, many = (split_tasks.study("rte", way) for way in ("central", "split"))
     assert one.sites * int(one.config["train.batch-size"]) == many.sites * int(
