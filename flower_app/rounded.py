@@ -11,6 +11,7 @@ from torch import Tensor
 from flower_app import compose
 from flower_app.config import Config
 from models.seeds import derive
+from models.train import TrainingError
 from privacy.secure.fixed_point import Words
 from privacy.secure.terms import Terms
 
@@ -18,7 +19,16 @@ from privacy.secure.terms import Terms
 def rounded(
     config: Config, terms: Terms, site: str, delta_D: Tensor, weight: int, scale: int
 ) -> Words:
-    """Numbers of `delta_D`, (D,) float32, and of its weight; `scale` is at least any weight."""
+    """Numbers of `delta_D`, (D,) float32, and of its weight; `scale` is at least any weight.
+
+    Raises TrainingError for an update that is not finite: no gate will ever see it, and in a sum it
+    would pass for zeros and for the ends of the range.
+    """
+    if wrong := int((~delta_D.isfinite()).sum()):
+        raise TrainingError(
+            f"Expected a finite update, got one with {wrong} of {terms.size} values NaN or "
+            "infinite; lower train.learning-rate."
+        )
     generator = None
     if config.secure.rounding == "stochastic":
         generator = np.random.default_rng(derive(config.run.seed, "rounding", site, terms.round))

@@ -15,7 +15,7 @@ from strategies.flower import RoundError
 from tests.fakes import FakeGrid
 from tests.flower_app.nodes import NAMES, Nodes
 from tests.flower_app.runs import bytes_below, deploy, run, simulate
-from tests.flower_app.test_secure_runs import LOW, assert_close
+from tests.flower_app.test_secure_runs import LOW, assert_close, assert_left_out
 
 pytest.importorskip("tenseal", reason="needs ./scripts/setup ckks")
 
@@ -49,6 +49,10 @@ def test_deployed_sites_of_which_one_opens_the_sums(nodes: Nodes) -> None:
     assert_close(folder, reference, 2e-6)
     asked = [q for q in grid.questions if q.metadata.message_type == "query.ckks_open"]
     assert len(asked) == 2 and len({q.metadata.dst_node_id for q in asked}) == 1
+
+
+def test_an_update_that_is_not_finite_gets_into_no_sum(nodes: Nodes) -> None:
+    assert_left_out(nodes, **CKKS)
 
 
 def test_a_run_that_nobody_could_open_ends_with_the_reason(nodes: Nodes) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.common.serde import config_record_from_proto, config_record_to_proto
 from safetensors.torch import load_file
 
+from flower_app.siteround import SiteRound
 from models.section import ConfigError
 from privacy.accounting import spent
 from privacy.ledger import Ledger
@@ -141,6 +143,38 @@ def test_a_site_that_drops_out_on_the_way(nodes: Nodes, step: str) -> None:
     )
     assert len(grid.asked("train")) == (5 if step == "query.secure_share" else 6)
     assert any(bool(t.abs().sum() > 0) for n, t in payload(folder).items() if "lora_B" in n)
+
+
+def spoil(nodes: Nodes, site: str) -> None:
+    """Let the training of one site end with values that are not finite."""
+    finish = SiteRound.finish
+
+    def finished(work: SiteRound) -> dict[str, torch.Tensor]:
+        delta = finish(work)
+        if work._site.name == site:
+            at = {0: float("nan"), 1: float("inf"), 2: -float("inf")}
+            for tensor in delta.values():
+                for place, value in at.items():
+                    tensor.view(-1)[place] = value
+        return delta
+
+    nodes.monkeypatch.setattr(SiteRound, "finish", finished)
+
+
+def assert_left_out(nodes: Nodes, **keys: Any) -> None:
+    """A site whose update is not finite says so, and the others' sum is what it is without it."""
+    without, _ = six(nodes, {"train": frozenset({2})}, run__rounds=1, **keys)
+    (site,) = [name for name, status in statuses(without).items() if status != "ok"]
+    spoil(nodes, site)
+    folder, _ = six(nodes, {}, run__rounds=1, **keys)
+    (told,) = [row for row in rows(folder, "site") if row["status"] != "ok" and row["round"] == 1]
+    assert (told["site"], told["status"]) == (site, "failed")
+    assert re.search(r"Expected a finite update, got one with \d+ of \d+ val", told["reason"])
+    assert bytes_below(folder / "adapter") == bytes_below(without / "adapter")
+
+
+def test_an_update_that_is_not_finite_gets_into_no_sum(nodes: Nodes) -> None:
+    assert_left_out(nodes)
 
 
 def test_too_few_sites_keep_the_sum_closed(nodes: Nodes) -> None:
