@@ -24,9 +24,10 @@ class SiteAccount:
 
     Events are stamped with the run and the site here, so that callers say mechanism, unit, noise,
     sampling, count, part and round only. `plan` is the message's record: `run` names the run,
-    `state` the folder of a simulation. A site without a policy allows everything, but keeps a
-    ledger of whatever it releases with differential privacy. Raises ConfigError for a policy that
-    cannot be read, and where the ledger has no place to be.
+    `state` the folder of a simulation. A site without a policy allows everything, but a deployed
+    one with a state-path keeps a ledger of whatever it releases, with noise or without; one in a
+    simulation, whose runs are apart, of what it releases with noise. Raises ConfigError for a
+    policy that cannot be read, and where the ledger has no place to be.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class SiteAccount:
         self._site = site
         self._run = str(plan.get("run") or config.run.name)
         self._split = _split(config, node)
+        self._simulated = node.simulated
         self._policy = policy_of(node)
         self._request = Request(
             unit_of(config) or "none",
@@ -123,14 +125,19 @@ class SiteAccount:
     def _plain(self, events: Sequence[Event], part: Part) -> list[Event]:
         """A release without noise for records, of `part`, which a ledger must not pass over.
 
-        Beside the vectors of a stream there is one, of the same rows.
+        Not even before the first one with noise, which it would leave with an epsilon that these
+        rows do not have. Beside the vectors of a stream there is one, of the same rows; without
+        noise these vectors are such a release themselves.
         """
         if self._config.privacy.on or not self._ledger:
             return []
         parts = sorted({event.part for event in events})
-        if not parts and self._ledger.path.exists():
+        if not parts and not self._simulated:
             parts = [part]
-        return [Event("none", "record", part=part) for part in parts]
+        plain = [Event("none", "record", part=part) for part in parts]
+        if self._config.payload.kind == "split" and not events:
+            plain += [replace(e, unit="position", relation="replace-one") for e in plain]
+        return plain
 
     def _budget(self, past: Sequence[Event], new: Sequence[Event]) -> None:
         if self._policy and new:

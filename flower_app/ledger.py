@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -70,8 +71,20 @@ def _lines(
         if policy and policy.max_epsilon and delta == policy.delta and policy.limits(unit):
             left = max(0.0, policy.max_epsilon - told.epsilon)
             yield f"  remaining  {left:.3g} of epsilon {policy.max_epsilon:g} (max-epsilon)"
-        yield from (f"  assumes    {assumption}" for assumption in told.assumptions)
+        beside = [_beside(events)] if math.isfinite(told.epsilon) else []
+        yield from (f"  assumes    {assumption}" for assumption in (*told.assumptions, *beside))
     yield from _table(events)
+
+
+def _beside(events: Sequence[Event]) -> str:
+    """What a ledger cannot know of releases that are not in it."""
+    if not any(event.site for event in events):
+        return "no site took part in runs without noise, which the server's ledger does not hold"
+    first = events[0]
+    return (
+        f"nothing of these rows left without noise before this ledger began (run {first.run!r}, "
+        f"round {first.round}), nor while the site named no state-path"
+    )
 
 
 def _table(events: Sequence[Event]) -> Iterator[str]:

@@ -26,8 +26,8 @@ class NodeConfig(Section):
     )
     state_path: str = Field(
         "",
-        description="Folder for what the site keeps across rounds; needed where a run keeps "
-        "something there.",
+        description="Folder for what the site keeps across rounds and runs, its ledger among "
+        "it; needed where a run keeps something there.",
     )
     policy_path: str = Field(
         "", description="File in TOML with what the site takes part in; empty: in anything."

@@ -158,7 +158,9 @@ class Policy(Section):
             f"{_number(together)} with this run: {_number(already)} was spent before, "
             f"{_number(max(0.0, self.max_epsilon - already))} remains, and {_rounds(planned)} "
             f"would by themselves spend {_number(alone)}",
-            "ask for more noise or fewer rounds",
+            "ask for more noise or fewer rounds"
+            if math.isfinite(already)
+            else "leave this site out, whose ledger has releases without noise",
         )
 
     def _among(self, what: str, got: str, allowed: Collection[str] | None) -> None:

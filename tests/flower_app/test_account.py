@@ -161,7 +161,8 @@ def test_a_round_that_is_asked_for_again_counts_as_another(
         "asked for again; let the site raise max-rounds."
     )
     assert "error" not in nodes.train(node, 1, plan={"run": "another"}, **keys)[1]
-    assert not (state / "ledger.jsonl").exists()  # a run without noise keeps no account
+    kept = Ledger(state / "ledger.jsonl").events()
+    assert [event.run for event in kept] == ["a-run"] * 3 + ["another"]  # what was refused is not
     forgetful = nodes.deployed("east", **rule)
     assert all("error" not in nodes.train(forgetful, 1, **keys)[1] for _ in range(4))
 
@@ -233,13 +234,47 @@ def test_a_round_without_noise_is_not_passed_over(
     nodes: Nodes, tmp_path: Path, state: Path
 ) -> None:
     node = nodes.deployed("east", state_path=str(state))
-    account(nodes, node).charge([])
-    assert not state.exists()  # a site that never had a guarantee keeps no account
-    account(nodes, node, **DP).charge(events_of(nodes, 40, range(1, 2), **DP))
-    account(nodes, node).charge([])
+    private = events_of(nodes, 40, range(1, 2), **DP)
+    account(nodes, node, **DP).charge(private)
     kept = Ledger(state / "ledger.jsonl")
+    assert kept.spent("record", 1e-5) == spent(private, 1e-5)
+    account(nodes, node).charge([])
     assert [event.mechanism for event in kept.events()] == ["gaussian", "none"]
     assert kept.spent("record", 1e-5) == float("inf")
+
+
+def test_rows_that_left_without_noise_get_no_epsilon_later(
+    nodes: Nodes, tmp_path: Path, state: Path
+) -> None:
+    """The ledger begins with the first release, not with the first one that has noise."""
+    node = nodes.deployed("east", state_path=str(state))
+    own: dict[str, Any] = {"data__partition": "own"}
+    assert "error" not in nodes.train(node, **own)[1]
+    assert "error" not in nodes.train(node, **DP, **own)[1]
+    kept = Ledger(state / "ledger.jsonl")
+    assert [event.mechanism for event in kept.events()] == ["none", "gaussian"]
+    assert kept.spent("record", 1e-5) == kept.spent("client", 1e-5) == float("inf")
+    told = nodes.member(node | {"policy-path": policy(tmp_path, "max-epsilon = 100")}, **DP, **own)
+    assert "no bound at all was spent before, 0 remains" in told["error"]
+    assert told["error"].endswith("leave this site out, whose ledger has releases without noise.")
+
+
+def test_a_stream_without_noise_leaves_none_for_its_positions(nodes: Nodes, state: Path) -> None:
+    node = nodes.deployed("east", state_path=str(state))
+    account(nodes, node, payload__kind="split").charge([])
+    kept = Ledger(state / "ledger.jsonl")
+    assert {event.unit for event in kept.events()} == {"record", "position"}
+    assert kept.spent("record", 1e-5) == kept.spent("position", 1e-5) == float("inf")
+    account(nodes, node).charge([])
+    assert len(kept.events()) == 3  # beside no stream there is no position
+
+
+def test_nothing_is_written_where_there_is_no_place_or_no_account(
+    nodes: Nodes, tmp_path: Path
+) -> None:
+    account(nodes, nodes.deployed("east")).charge([])
+    account(nodes, nodes.simulated(0), {"state": str(tmp_path / "sites")}).charge([])
+    assert not list(tmp_path.rglob("ledger.jsonl*"))
 
 
 CLIENT: dict[str, Any] = {
@@ -284,12 +319,10 @@ def test_scores_without_noise_are_not_passed_over(nodes: Nodes, state: Path) -> 
     node = nodes.deployed("east", state_path=str(state))
     own: dict[str, Any] = {"data__partition": "own"}
     assert nodes.evaluate(node, nodes.start(), **own)["before-counted"] > 0
-    assert not state.exists()
     account(nodes, node, **DP).charge(events_of(nodes, 40, range(1, 2), **DP))
-    assert nodes.evaluate(node, nodes.start(), **own)["before-counted"] > 0
     kept = Ledger(state / "ledger.jsonl").events()
     assert [(event.mechanism, event.part) for event in kept] == [
-        ("gaussian", "training"), ("none", "held-out"),
+        ("none", "held-out"), ("gaussian", "training"),
     ]  # fmt: skip
 
 

@@ -58,6 +58,24 @@ def test_what_remains_of_a_policy(
     assert "delta 1e-06" in printed
 
 
+def test_what_a_ledger_cannot_know_is_said(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An epsilon holds as long as nothing left beside it; without one there is nothing to hold."""
+    assert main(["show", "--run", str(run)]) == 0
+    server, north = capsys.readouterr().out.split("north: ")
+    assert "assumes    no site took part in runs without noise, which the server's ledg" in server
+    assert re.search(
+        r"assumes    nothing of these rows left without noise before this ledger began "
+        r"\(run 'first', round 1\), nor while the site named no state-path", north,
+    )  # fmt: skip
+    kept = Ledger(tmp_path / "state" / "ledger.jsonl")
+    kept.append([Event("none", "record", run="plain", site="north"), ROUND])
+    assert main(["show", "--ledger", str(kept.path)]) == 0
+    printed = capsys.readouterr().out
+    assert "epsilon infinite" in printed and "before this ledger began" not in printed
+
+
 def test_a_changed_ledger_is_not_shown(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ledger = run / "sites" / "north" / "ledger.jsonl"
     ledger.write_text(ledger.read_text("utf-8").replace("1.25", "9.25", 1), "utf-8")
