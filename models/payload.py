@@ -170,7 +170,7 @@ def attach(
             f"not ({error}); change payload.target-modules, payload.options or payload.kind."
         ) from error
     _require_trained(module, fresh_modules, config.kind)
-    _keep_heads_precise(module)
+    keep_heads_precise(module)
     for name, parameter in module.named_parameters():
         if frozen and f".{frozen}." in name:
             parameter.requires_grad_(False)
@@ -191,7 +191,7 @@ def _checked(payload: Payload, task: str) -> Payload:
     return payload
 
 
-def _keep_heads_precise(module: nn.Module) -> None:
+def keep_heads_precise(module: nn.Module) -> None:
     """Keep new heads in float32 on a base model of lower precision, as PEFT does with adapters."""
     wrappers = [m for m in module.modules() if isinstance(m, ModulesToSaveWrapper)]
     for head in [head for wrapper in wrappers for head in wrapper.modules_to_save.values()]:

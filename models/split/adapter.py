@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from models.base import seeded
 from models.config import PayloadConfig
-from models.payload import peft_config, plain, sort_lists
+from models.payload import keep_heads_precise, peft_config, plain, sort_lists
 from models.section import ConfigError
 from models.seeds import derive
 from models.split.cut import Part
@@ -47,8 +47,12 @@ def adapt(model: Any, config: PayloadConfig | PeftConfig, task: str) -> PeftConf
             f"Expected payload.kind='lora' in the parts of a split model, got {config.kind!r}; "
             "set it, or train the parts in full."
         )
-    classes = ("classifier",) if task == "classification" else ()
-    return _attached(model, peft_config(config, model, task, classes))
+    return _attached(model, peft_config(config, model, task, new_heads(task)))
+
+
+def new_heads(task: str) -> tuple[str, ...]:
+    """Modules that are trained and saved in full, since a folder may lack them."""
+    return ("classifier",) if task == "classification" else ()
 
 
 def _attached(model: Any, settings: PeftConfig) -> PeftConfig:
@@ -56,6 +60,7 @@ def _attached(model: Any, settings: PeftConfig) -> PeftConfig:
     try:
         with seeded(0):
             peft.get_peft_model(model, settings)
+        keep_heads_precise(model)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(
             f"Expected {what} to fit a {type(model).__name__}, but it does not ({error}); change "

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 from models.base import Base, device, find_folder, quiet
 from models.config import ModelConfig, PayloadConfig
 from models.section import ConfigError
+from models.split.adapter import new_heads
 from models.split.config import SplitConfig
 from models.split.cut import Middle
 from models.split.full import train
@@ -89,7 +90,7 @@ def load(
         settings = train(parts, settings, (split.head, split.middle, split.tail))
         ends: Any = SiteModel(parts.head, parts.tail)
         (ends if site else parts.middle).to(device())
-        fresh = ("classifier",) if model.task == "classification" else ()
+        fresh = new_heads(model.task)
         return SplitBase(ends, tokenizer, folder, False, fresh, parts.middle, settings, cuts)
 
 

@@ -52,15 +52,15 @@ class Checkpoint:
         if key not in self._filled:
             self._filled[key] = nn.Parameter(self.read(key).to(self._dtype))
         found = self._filled[key]
-        expected = getattr(owner, last).shape
-        if self._filled[key].shape != expected:
+        expected = getattr(owner, last)
+        if self._filled[key].shape != expected.shape:
             raise ConfigError(
-                f"Expected {key!r} of shape {tuple(expected)}, as config.json says, got "
+                f"Expected {key!r} of shape {tuple(expected.shape)}, as config.json says, got "
                 f"{tuple(self._filled[key].shape)}; copy the folder again, or set model.num-labels "
                 "to the classes of its head."
             )
         if ".modules_to_save." in name:  # a copy, which is trained beside the original
-            found = nn.Parameter(found.detach().clone())
+            found = nn.Parameter(found.detach().to(expected.dtype, copy=True))
         setattr(owner, last, found)
         return True
 

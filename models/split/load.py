@@ -25,7 +25,7 @@ from transformers import AutoConfig
 from models.base import seeded
 from models.config import PayloadConfig
 from models.section import ConfigError, Section
-from models.split.adapter import adapt, start
+from models.split.adapter import adapt, before_adapting, new_heads, start
 from models.split.checkpoint import Checkpoint, opened
 from models.split.cut import Part, Parts, cut
 
@@ -247,12 +247,16 @@ def _words(cuts: Cuts) -> str:
 def _draw(
     model: Any, part: Part, missing: Collection[str], folder: Path, cuts: Cuts, seed: int
 ) -> None:
-    """Draw a new class head; refuse a folder that lacks anything else."""
-    blocks = [name for name in missing if cuts.task != "classification" or ".layer" in name]
-    if blocks:
+    """Draw a new class head, which is trained and saved; refuse a folder that lacks others."""
+    heads = tuple(f"{name}." for name in new_heads(cuts.task))
+    names = (before_adapting(part.name_in_whole(name)) for name in missing)
+    if others := [name for name in names if not name.startswith(heads)]:
+        whole = (
+            f"a whole model that lacks its {cuts.task} head alone" if heads else "the whole model"
+        )
         raise ConfigError(
-            f"Expected {part.name_in_whole(blocks[0])!r} in {str(folder)!r}, got no such tensor; "
-            "give this side the folder of its own part, or the whole model."
+            f"Expected {others[0]!r} in {str(folder)!r}, got no such tensor; give this side the "
+            f"folder of its own part, or {whole}."
         )
     owners = {name.rpartition(".")[0] for name in missing}
     with seeded(seed):

@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel
 
 from models.config import PayloadConfig
+from models.payload import Payload, attach
 from models.section import ConfigError
 from models.split.adapter import adapt, factors, join, load_factors, train_only
 from models.split.cut import Part
@@ -61,6 +62,37 @@ def test_parts_join_into_one_adapter(family: str, tmp_path: Path) -> None:
 
 def _own(name: str) -> bool:
     return ".lora_" in name or ".modules_to_save." in name
+
+
+@pytest.mark.parametrize("new", [True, False])
+@pytest.mark.parametrize("family", ENCODERS)
+def test_what_is_trained_is_precise_in_a_model_of_low_precision(
+    family: str, new: bool, tmp_path: Path
+) -> None:
+    whole = tiny(family)
+    (whole.base_model if new else whole).save_pretrained(tmp_path)
+    cuts = cuts_of(family)
+    parts = load_parts(tmp_path, (*SITE, *SERVER), cuts, dtype=torch.bfloat16, payload=LORA, seed=1)
+    for part in parts.values():
+        train_only(part, "lora")
+        assert {p.dtype for p in part.parameters() if p.requires_grad} == {torch.float32}
+        assert {p.dtype for p in part.parameters() if not p.requires_grad} == {torch.bfloat16}
+    found = logits(parts, family)
+    found.sum().backward()
+    head = {n: p for n, p in parts["tail"].named_parameters() if ".modules_to_save." in n}
+    assert found.dtype == torch.float32 and head and all(p.grad.any() for p in head.values())
+    # As the whole model under PEFT has it, whose new head is another one.
+    payload = attach(
+        whole.to(torch.bfloat16), LORA, task=cuts.task, fresh_modules=["classifier"], seed=1
+    )
+    payload.load({**payload.select(), **{n: t for p in parts.values() for n, t in _by(p, payload)}})
+    assert torch.equal(payload.module(**batch(family)).logits, found)
+
+
+def _by(part: Part, payload: Payload) -> list[tuple[str, torch.Tensor]]:
+    """What a part trains by the names of the whole payload."""
+    whole = {name.removeprefix("base_model.model."): name for name in payload.parameters}
+    return [(whole[name], tensor) for name, tensor in factors(part).items()]
 
 
 def test_factors_start_from_the_seed_and_their_place_alone(tmp_path: Path) -> None:

@@ -101,6 +101,17 @@ def test_a_new_class_head_comes_from_the_seed(tmp_path: Path) -> None:
     assert torch.equal(first.model.bert.pooler.dense.weight, whole.base_model.pooler.dense.weight)
 
 
+@pytest.mark.parametrize("lacks", ["bert.pooler.dense", "bert.embeddings.word_embeddings"])
+def test_what_is_neither_trained_nor_saved_is_not_drawn(lacks: str, tmp_path: Path) -> None:
+    whole = tiny("bert")
+    kept = {name: t for name, t in whole.state_dict().items() if not name.startswith(lacks)}
+    whole.save_pretrained(tmp_path, state_dict=kept)
+    with pytest.raises(
+        ConfigError, match=f"Expected '{lacks}.*' in .*that lacks its classifi.*ead"
+    ):
+        load_parts(tmp_path, SITE, Cuts(1, 1, "classification"))
+
+
 def test_broken_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="a model that transformers knows"):
         load_parts(tmp_path, SITE, CUTS)
