@@ -159,7 +159,8 @@ def on_roll_call(
             "site": site.name,
             "rows": site.rows,
             "held-out": site.held_out_rows,
-            "candidates": site.candidates,
+            # An exact figure of held-out rows, which nothing but the account of a stream asks for.
+            "candidates": site.candidates if config.split.noise else 0,
             "base": base.digest,
             "simulated": node.simulated,
             "partitions": node.num_partitions,

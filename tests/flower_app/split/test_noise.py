@@ -179,18 +179,35 @@ def _check_statement(folder: Path, ledgers: dict[str, list[Event]]) -> dict[str,
     return told
 
 
-@pytest.mark.parametrize("answers", [2, 5])
-def test_every_answer_that_a_row_is_scored_with_is_charged(
-    nodes: Nodes, sent: list[Message], answers: int
-) -> None:
+def of_choices(nodes: Nodes, answers: int) -> dict[str, Any]:
+    """Keys of a run on rows with so many answers to choose from."""
     offered = [" ".join(WORDS[:count]) for count in range(1, answers + 1)]
     written = [
         {"site": name, "instruction": row["text"], "choices": offered, "label": 0}
         for name in NAMES for row in site_rows(name, 12)
     ]  # fmt: skip
-    keys: dict[str, Any] = SEEDED | {
-        "data__format": "choice", "data__source": write_rows(nodes.folder / "choice.jsonl", written)
-    }  # fmt: skip
+    source = write_rows(nodes.folder / "choice.jsonl", written)
+    return {"data__format": "choice", "data__source": source}
+
+
+@pytest.mark.parametrize(
+    "others",
+    [{}, {"payload__kind": "split"}, {"privacy__unit": "record", "privacy__noise_multiplier": 1.0}],
+)
+def test_how_many_answers_rows_have_leaves_for_the_account_of_a_stream_alone(
+    nodes: Nodes, others: dict[str, Any]
+) -> None:
+    """One held-out row decides it, so that it would be an exact figure of private rows."""
+    keys = of_choices(nodes, 3)
+    assert nodes.member(nodes.simulated(0), **keys | others)["candidates"] == 0
+    assert nodes.member(nodes.simulated(0), **keys | SEEDED)["candidates"] == 3
+
+
+@pytest.mark.parametrize("answers", [2, 5])
+def test_every_answer_that_a_row_is_scored_with_is_charged(
+    nodes: Nodes, sent: list[Message], answers: int
+) -> None:
+    keys = SEEDED | of_choices(nodes, answers)
     folder, _ = simulate(nodes, "choice", keys)
     config, worker = parse(nodes.flat(**keys)), Worker()
     charged = 0
