@@ -21,7 +21,7 @@ from flower_app.node import NodeConfig
 from models import payload
 from models.section import Section
 from privacy.policy import Policy
-from strategies import registry
+from strategies import registry, together
 from strategies.attacks import registry as attacks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -124,9 +124,8 @@ def _catalogue(
     entries = [f"## {title}\n\nPicked with `strategy.{key}`.\n"]
     for name, factory in factories.items():
         if factories is registry.PRE and name in registry.RULES:
-            entries.append(
-                f"### {name}\n\nAs the rule of that name, whose weights go to the rule after it.\n"
-            )
+            said = _WEIGHS if name in together.WEIGHING else _CHOOSES
+            entries.append(f"### {name}\n\nAs the rule of that name{said}\n")
             continue
         options = [
             f"`strategy.{prefix}{option.replace('_', '-')}`"
@@ -136,6 +135,12 @@ def _catalogue(
         entries.append(f"### {name}\n\n{inspect.getdoc(factory)}{listed}\n")
     return "\n".join(entries)
 
+
+_CHOOSES = "; the updates that it chooses go on to the rule after it."
+_WEIGHS = (
+    ", whose weights go to the rule after it. That is one which minds them, such as\n`mean` or "
+    "`lora-svd`; what counts rows alike is refused."
+)
 
 _STRATEGIES = """# Strategies
 

@@ -26,8 +26,8 @@ def bulyan(*, num_byzantine: NumByzantine = 1) -> Rule:
     f of N >= 4f+3 sites lie, no coordinate is further from the median of those chosen than two
     honest values are from each other.
     O(N^2 D + N^3) time, memory of one delta and a block of rows. With LoRA factors updates are
-    compared by their products, and what `median` refuses of them is refused, since coordinates
-    are averaged after all. Raises CohortError for that and for fewer sites.
+    compared by their products, and what `trimmed-mean` refuses of them is refused, since
+    coordinates are averaged after all. Raises CohortError for that and for fewer sites.
     """
 
     def lies(count: int, caught: int = 0) -> int:

@@ -38,11 +38,12 @@ def median() -> Rule:
 
     Sites count alike: their weights are ignored. Breakdown point 1/2: while fewer than half of
     the sites lie, each coordinate stays within the range of the honest ones. O(D N log N) time,
-    memory of one delta and a block of rows. Raises CohortError for LoRA
-    factors with different A, or mixed after their products were judged.
+    memory of one delta and a block of rows. Raises CohortError for LoRA factors with different A,
+    or whose products were judged, since liars may then be most of those that were kept.
     """
 
     def apply(cohort: Cohort) -> Delta:
+        _refuse_judged_factors(cohort)
         low, high = (len(cohort.names) - 1) // 2, len(cohort.names) // 2
         return per_coordinate(cohort, lambda x_NC: mean_of(x_NC[low : high + 1]), "median")
 
@@ -55,7 +56,8 @@ def trimmed_mean(*, num_byzantine: NumByzantine = 1) -> Rule:
     f is `num_byzantine`, beta N in the paper. Sites count alike: their weights are ignored.
     Breakdown point f / N: while at most f of N >= 2f+1 sites lie, each coordinate stays within the
     range of the honest ones. O(D N log N) time, memory of one delta and a block of rows. Raises
-    CohortError for fewer sites, and for LoRA factors as `median` does.
+    CohortError for fewer sites, and for LoRA factors with different A, or mixed after their
+    products were judged.
     """
 
     def lies(count: int, caught: int = 0) -> int:
@@ -119,10 +121,23 @@ def _refuse_own_factors(cohort: Cohort, rule: str) -> None:
                 )
 
 
+def _judged_factors(cohort: Cohort) -> bool:
+    return cohort.judged and bool(structure(cohort.layout).pairs)
+
+
+def _refuse_judged_factors(cohort: Cohort) -> None:
+    # Trimmed rules ask for 2f+1 of those that are left; a median has no such condition.
+    if _judged_factors(cohort):
+        raise CohortError(
+            "Expected updates whose LoRA factors nothing has judged for median, got some that "
+            "passed by their products B A, whatever the scale of A and B, which it takes apart: "
+            "liars may be most of them; use geometric-median, or trimmed-mean where sites were "
+            "only chosen, or leave out the stage that judges (strategy.pre)."
+        )
+
+
 def _refuse_mixed_factors(cohort: Cohort, rule: str) -> None:
-    if not cohort.judged or not structure(cohort.layout).pairs:
-        return
-    if bool(((cohort.matrix_NS != 0).sum(1) > 1).any()):
+    if _judged_factors(cohort) and bool(((cohort.matrix_NS != 0).sum(1) > 1).any()):
         raise CohortError(
             f"Expected updates of single sites for {rule} with LoRA factors, got mixes of several, "
             "in which products B A were judged and A and B are added up apart: a liar's "

@@ -20,10 +20,16 @@ JUDGING = (
     "fltrust",
     "foolsgold",
 )
+# Those of them that say what each site counts for.
+WEIGHING = ("geometric-median", "fltrust", "foolsgold")
 # Stages that make one row of the updates of several sites.
 _MIXING = ("nnm", "bucketing")
 # Rules by coordinate, which take A and B apart.
 _BY_COORDINATE = ("median", "trimmed-mean", "bulyan")
+# Stages and rules to which rows count alike, or that weigh them anew.
+UNWEIGHTED = (
+    *_BY_COORDINATE, *_MIXING, *WEIGHING, "krum", "multi-krum", "centered-clipping",
+)  # fmt: skip
 # Rules for LoRA that add A and B up apart, to the bit.
 _APART = ("lora-mean", "lora-exact", "lora-alternate")
 # Rules that add A and B up apart unless a stage before them has judged products.
@@ -50,6 +56,7 @@ def check(rule: str, pre: Sequence[str], server_optimizer: str) -> None:
             f"Expected 'module-screen' first in strategy.pre, got {','.join(pre)!r}; put it first, "
             "since it compares the modules of single sites and names those that it leaves out."
         )
+    _check_weights((*pre, rule))
     if rule in _APART and judged(pre):
         raise ConfigError(
             f"Expected no stage that judges products B A before strategy.rule={rule!r}, got "
@@ -65,6 +72,17 @@ def check(rule: str, pre: Sequence[str], server_optimizer: str) -> None:
         )
 
 
+def _check_weights(names: Sequence[str]) -> None:
+    weigher = next((name for name in names if name in WEIGHING), "")
+    after = names[names.index(weigher) + 1 :] if weigher else ()
+    if odd := next((name for name in after if name in UNWEIGHTED), None):
+        raise ConfigError(
+            f"Expected what minds weights after {weigher!r} in strategy.pre, got {odd!r}, to which "
+            f"they are nothing, so that {weigher!r} would not count; set strategy.rule="
+            f"{weigher!r}, or let strategy.rule='mean' or 'lora-svd' follow it."
+        )
+
+
 def check_factors(rule: str, pre: Sequence[str], server_optimizer: str) -> None:
     """Refuse what does not fit a payload with pairs of LoRA factors; raises ConfigError."""
     if rule in _BY_COORDINATE and judged(pre) and any(name in _MIXING for name in pre):
@@ -73,6 +91,13 @@ def check_factors(rule: str, pre: Sequence[str], server_optimizer: str) -> None:
             f"strategy.pre={','.join(pre)!r}, which judges products B A and mixes A and B apart, "
             "so that a liar's (k A, B / k) enters many rows; set strategy.rule='geometric-median', "
             "'multi-krum' or 'lora-svd', or leave that stage out."
+        )
+    if rule == "median" and judged(pre):
+        raise ConfigError(
+            "Expected no stage that judges products B A before strategy.rule='median' with LoRA "
+            f"factors, got strategy.pre={','.join(pre)!r}: it takes (k A, B / k) for what it "
+            "multiplies to, so that liars may be most of those that it keeps; set "
+            "strategy.rule='trimmed-mean' or 'geometric-median', or leave that stage out."
         )
     if by_products(rule, pre) and rule not in _RAW and server_optimizer != "none":
         chain = "+".join((*pre, rule))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -115,28 +116,83 @@ def test_coordinates_of_mixes_that_were_judged_as_products_are_refused(
     with pytest.raises(ConfigError, match=r"single sites .*strategy\.rule='geometric-median'"):
         aggregate(rule, base, deltas, pre=pre, **given_options)
     # A chain that was put together by hand finds out when it meets the factors.
-    with pytest.raises(CohortError, match=r"single sites .*use geometric-median, multi-krum"):
+    wanted = "nothing has judged for median" if rule == "median" else "single sites .*multi-krum"
+    with pytest.raises(CohortError, match=wanted):
         result(made(rule, *pre, num_byzantine=0), cohort)
     without = [{"head.weight": delta["head.weight"]} for delta in deltas]
     aggregate(rule, {"head.weight": base["head.weight"]}, without, pre=pre, **given_options)
 
 
-@pytest.mark.parametrize("last", [median(), trimmed_mean()])
-def test_coordinates_of_chosen_sites_and_of_plain_buckets_are_let_through(last: Rule) -> None:
-    honest = torch.randn(LORA.size, generator=torch.Generator().manual_seed(5))
+def with_liars(honest: int, liars: int, k: float) -> Cohort:
+    """Sites near one update, and liars who send (k A, B / k) of it, the most central of all."""
+    generator = torch.Generator().manual_seed(5)
     base_D = lora_cohort(0, 1).base_D
-    rows = [
-        honest + 0.01 * torch.randn(LORA.size, generator=torch.Generator().manual_seed(i))
-        for i in range(8)
-    ]
-    liar = {
-        name: tensor * (1e3 if "_A" in name else 1e-3 if "_B" in name else 1)
-        for name, tensor in LORA.unflatten(base_D + rows[0]).items()
+    centre_D = torch.randn(LORA.size, generator=generator)
+    rows = [centre_D + 0.1 * torch.randn(LORA.size, generator=generator) for _ in range(honest)]
+    turned = {
+        name: tensor * (k if "_A" in name else 1 / k if "_B" in name else 1)
+        for name, tensor in LORA.unflatten(base_D + centre_D).items()
     }
-    rows[0] = LORA.flatten(liar) - base_D
-    cohort = Cohort.of(LORA, base_D, {str(index): row for index, row in enumerate(rows)})
-    for before in (multi_krum(), bucketing(bucket_size=2), module_screen()):
-        assert norm(result(chain(before, last), cohort) - honest) < 0.2 * norm(honest)
+    # Named so that ties go to them.
+    forged = {f"a-liar-{index}": LORA.flatten(turned) - base_D for index in range(liars)}
+    return Cohort.of(LORA, base_D, {f"site-{i:02d}": row for i, row in enumerate(rows)} | forged)
+
+
+def out_of_range(cohort: Cohort, found_D: Tensor) -> float:
+    """How far a result is beyond the honest values of a coordinate, at worst."""
+    rows = zip(cohort.names, cohort.rows, strict=True)
+    honest = torch.stack([row_D for name, row_D in rows if name.startswith("site")])
+    low, high = honest.min(0).values, honest.max(0).values
+    return float(torch.maximum(low - found_D, found_D - high).max())
+
+
+@pytest.mark.parametrize("rule", ["median", "trimmed-mean", "bulyan"])
+@pytest.mark.parametrize("pre", together.JUDGING)
+@pytest.mark.parametrize(("honest", "liars"), [(6, 1), (6, 3), (19, 2), (4, 1), (14, 6)])
+@pytest.mark.parametrize("selected", [0, 2])
+def test_a_rule_by_coordinate_after_a_stage_that_judges_is_refused_or_stays_within_the_honest_range(
+    rule: str, pre: str, honest: int, liars: int, selected: int
+) -> None:
+    cohort = trusting(with_liars(honest, liars, 1000.0))
+    found = options(rule, pre, num_byzantine=liars, num_selected=selected)
+    base, rows = LORA.unflatten(cohort.base_D), zip(cohort.names, cohort.rows, strict=True)
+    deltas = {name: LORA.unflatten(row_D) for name, row_D in rows}
+    trusted = LORA.unflatten(ROOT)
+    try:
+        new = aggregate(rule, base, deltas, pre=pre, trusted=trusted, **found)
+    except (ConfigError, CohortError):
+        # Where many sites are left, rules with a condition on their number go on.
+        left = honest + liars - (0 if pre == "module-screen" else liars)
+        enough = left >= (4 * liars + 3 if rule == "bulyan" else 2 * liars + 1)
+        screened = pre == "module-screen" or (pre == "multi-krum" and not selected)
+        krum = pre != "multi-krum" or honest >= liars + 3
+        assert rule == "median" or not (enough and screened and krum)
+    else:
+        assert rule != "median" and out_of_range(cohort, LORA.flatten(new) - cohort.base_D) < 1e-5
+
+
+def test_why_a_median_of_those_that_were_chosen_is_refused() -> None:
+    """Two of two that Krum ranks best are liars, where the median by itself holds."""
+    cohort = with_liars(7, 2, 1000.0)
+    assert out_of_range(cohort, result(median(), cohort)) < 1e-5
+    for before in (multi_krum(num_byzantine=2, num_selected=2), module_screen(num_byzantine=2)):
+        with pytest.raises(CohortError, match=r"judged for median, .*geometric-median"):
+            result(chain(before, median()), cohort)
+    chosen = prepared(multi_krum(num_byzantine=2, num_selected=2), cohort)
+    assert all(name.startswith("a-liar") for name in chosen.names)
+    believed = result(median(), replace(chosen, judged=False))
+    assert out_of_range(cohort, believed) > 100
+    with pytest.raises(ConfigError, match=r"before strategy\.rule='median' .*'trimmed-mean'"):
+        together.check_factors("median", ("multi-krum",), "none")
+
+
+@pytest.mark.parametrize("last", [median(), trimmed_mean()])
+def test_coordinates_of_plain_buckets_and_of_chosen_sites_are_let_through(last: Rule) -> None:
+    cohort = with_liars(7, 1, 1000.0)
+    befores = [bucketing(bucket_size=2)]
+    befores += [multi_krum(), module_screen()] if last.name != "median" else []
+    for before in befores:
+        assert out_of_range(cohort, result(chain(before, last), cohort)) < 1e-5
 
 
 @pytest.mark.parametrize("rule", ["lora-mean", "lora-exact", "lora-alternate"])
@@ -273,3 +329,27 @@ def test_layouts_without_pairs_go_with_everything() -> None:
     for rule, pre in (("median", "nnm"), ("krum", ""), ("mean", "nnm")):
         kept = options(rule, *registry.split_names(pre))
         aggregate(rule, base, deltas, pre=pre, server_optimizer="momentum", **kept)
+
+
+@pytest.mark.parametrize("name", [*registry.RULES, *(n for n in registry.PRE if n != "clip")])
+def test_what_weights_are_nothing_to_gives_the_same_for_any_of_them(name: str) -> None:
+    cohort = trusting(lora_cohort(1, 9))
+    heavy = replace(cohort, weights_N=cohort.weights_N.flip(0))
+    stage = made(name) if name in registry.RULES else made("mean", name)
+    same = torch.equal(result(stage, cohort), result(stage, heavy))
+    assert same is (name in together.UNWEIGHTED)
+
+
+@pytest.mark.parametrize("weigher", together.WEIGHING)
+@pytest.mark.parametrize("between", [(), ("clip",)])
+def test_weights_that_nothing_would_mind_are_refused(weigher: str, between: Sequence[str]) -> None:
+    for name in together.UNWEIGHTED:
+        wanted = f"minds weights after '{weigher}' in strategy.pre, got '{name}', .*'mean' or"
+        if name in registry.RULES:
+            with pytest.raises(ConfigError, match=wanted):
+                registry.compose(name, (weigher, *between))
+        if name in registry.PRE:
+            with pytest.raises(ConfigError, match=wanted):
+                registry.compose("mean", (weigher, *between, name))
+    for rule in ("mean", "norm-bounding", "lora-svd", "lora-stack"):
+        made(rule, "nnm", weigher, *between)
