@@ -70,7 +70,9 @@ def clip(*, clip_norm: ClipNorm) -> Pre:
 
     Deltas within the bound keep their bits. O(N D) time, one delta of memory. LoRA factors: where
     products are judged or added up, the norm of the product that a delta adds, times alpha / rank,
-    is held to the bound as well, since factors of norm 1 can multiply to more.
+    is held to the bound as well, since factors of norm 1 can multiply to more. After a stage that
+    judges products it alone is: factors (k A, B / k) that `nnm` has mixed into many updates would
+    shorten all of them. By itself it has breakdown point 0, as the mean after it.
     """
     return _clip(clip_norm, False)
 
@@ -82,15 +84,19 @@ def clip_products(*, clip_norm: ClipNorm) -> Pre:
 
 def _clip(clip_norm: float, products: bool) -> Pre:
     def apply(cohort: Cohort) -> Cohort:
-        factors = [_factor(norm(row), clip_norm) for row in cohort.rows]
-        if (products or cohort.judged) and structure(cohort.layout).pairs:
-            moved = (_factor(length, clip_norm) for length in lengths(cohort).tolist())
-            factors = list(map(min, factors, moved))
+        paired = bool(structure(cohort.layout).pairs)
+        alone = paired and cohort.judged
+        norms = [lengths(cohort).tolist()] if paired and (products or alone) else []
+        norms += [] if alone else [[norm(row) for row in cohort.rows]]
+        factors = [_factor(max(both), clip_norm) for both in zip(*norms, strict=True)]
         scaled = cohort.mixed(torch.diag(torch.tensor(factors, dtype=torch.float64)))
-        return replace(scaled, clip=_tighter(cohort.clip, clip_norm))
+        # Of the factors themselves nothing is proved where their products alone were bounded.
+        return scaled if alone else replace(scaled, clip=_tighter(cohort.clip, clip_norm))
 
     def proves(facts: Facts) -> Facts:
-        return replace(facts, clip=_tighter(facts.clip, clip_norm))
+        # Of what nothing is known of may have been judged, products alone are bounded.
+        known = facts != Facts()
+        return replace(facts, clip=_tighter(facts.clip, clip_norm)) if known else facts
 
     return Stage("clip", Cohort, Cohort, pure(apply), proves=proves)
 

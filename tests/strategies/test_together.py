@@ -17,12 +17,13 @@ from models.section import ConfigError
 from strategies import aggregate, fold, registry, together
 from strategies.cohort import Cohort, CohortError, norm
 from strategies.coordinates import median, trimmed_mean
+from strategies.geometry import lengths
 from strategies.lora import lora_alternate, lora_exact, lora_mean
 from strategies.preaggregation import bucketing, nnm
 from strategies.product import structure
 from strategies.rules import mean
 from strategies.screening import module_screen
-from strategies.stage import Rule, chain
+from strategies.stage import Facts, Rule, chain
 from strategies.weighers import multi_krum
 from tests.strategies.cohorts import prepared, result
 from tests.strategies.lora import LORA, PAIRS, lora_cohort, products, update
@@ -83,9 +84,16 @@ def test_a_mean_after_a_stage_that_judges_believes_no_scale_of_factors(pre: str,
     stage = made("mean", pre)
     wanted, got = moved(stage, plain), moved(stage, turned)
     assert float((got - wanted).norm()) <= 2e-3 * float(wanted.norm())
-    # A bound on the norm of factors shortens what is scaled, and never moves further than it says:
-    # the best approximation of a product is as near to it as the product before the round.
-    assert float(moved(made("norm-bounding", pre), turned).norm()) <= 2 * 3.0
+    # A bound is on the products as well, whatever factors they are mixed of; and the result never
+    # moves further than twice the bound: the best approximation of a product is as near to it as
+    # the product before the round.
+    for bound in (1e-2, 3.0, 1e6):
+        stage = made("norm-bounding", pre, clip_norm=bound)
+        bounded, got = moved(stage, plain), moved(stage, turned)
+        assert float((got - bounded).norm()) <= 2e-3 * float(wanted.norm())
+        assert float(bounded.norm()) <= 2 * bound * (1 + 1e-4)
+        by_hand = [registry.PRE[pre](**options("mean", pre)), registry.rules.clip(clip_norm=bound)]
+        torch.testing.assert_close(got, moved(chain(*by_hand, mean()), turned))
     # By coordinates the same attack would have won.
     apart = moved(mean(), turned) - moved(mean(), plain)
     assert float(apart.norm()) > 0.1 * float(wanted.norm())
@@ -248,6 +256,24 @@ def test_clipped_factors_are_within_the_bound_and_so_are_their_products(
         < 0.999 * bound
     ).all(0)
     assert torch.equal(scaled.matrix_NS[free], cohort.matrix_NS[free])
+
+
+@pytest.mark.parametrize("pre", together.JUDGING)
+def test_a_bound_after_a_stage_that_judges_is_on_products_alone(pre: str) -> None:
+    """One liar with (k A, B / k) of an honest product is in most mixes of `nnm`."""
+    plain, turned = (trusting(with_liars(9, 1, k)) for k in (1.0, 1000.0))
+    judged, bounded = [], []
+    for cohort in (plain, turned):
+        judged.append(prepared(registry.PRE[pre](**options("mean", pre)), cohort))
+        bounded.append(prepared(registry.rules.clip(clip_norm=4.0), judged[-1]))
+        assert bounded[-1].clip is None and float(lengths(bounded[-1]).max()) <= 4.0 * (1 + 1e-6)
+    assert float(lengths(judged[0]).max()) > 4.0 or pre == "fltrust"
+    torch.testing.assert_close(bounded[1].matrix_NS, bounded[0].matrix_NS, rtol=1e-3, atol=1e-3)
+    # What was proved of the rows before is proved of their averages still.
+    proved = prepared(registry.PRE[pre](**options("mean", pre)), replace(plain, clip=50.0))
+    assert prepared(registry.rules.clip(clip_norm=4.0), proved).clip == proved.clip
+    facts = registry.PRE[pre](**options("mean", pre)).proves(Facts(50.0, 0.5, 2))
+    assert registry.rules.clip(clip_norm=4.0).proves(facts) == Facts()
 
 
 def test_clip_before_sums_of_factors_is_what_it_was() -> None:
