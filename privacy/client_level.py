@@ -6,8 +6,10 @@ and in the distributed one each adds a share (`privacy.secure.distributed`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -79,8 +81,9 @@ def private(rule: Rule, terms: Terms, draw: Draw, charge: Charge) -> Rule:
     McMahan et al. 2018, Algorithm 1, with fixed denominators: each update is clipped and weighs 1 /
     (share * sites) whoever else takes part, and the noise is as large as the rule's sensitivity
     demands. A site that is missing counts as zero, and so does a round without any: it is charged
-    and gets its noise like every other. `charge` is called before the noise is drawn. Raises
-    ComposeError for a rule that has no proof of its sensitivity.
+    and gets its noise like every other. What the rule holds still gets none, as it is zero whatever
+    the updates are. `charge` is called before the noise is drawn. Raises ComposeError for a rule
+    that has no proof of its sensitivity.
     """
     require_proof(rule)
 
@@ -102,6 +105,7 @@ def private(rule: Rule, terms: Terms, draw: Draw, charge: Charge) -> Rule:
         bound, expected = float(state["clip"]), terms.share * sites
         clipped, _ = clip(clip_norm=bound).apply({}, _fixed(cohort, expected), generator)
         own = {k.removeprefix("rule/"): v for k, v in state.items() if k.startswith("rule/")}
+        held = rule.holds(own, cohort.layout)
         delta, own = rule.apply(own, clipped, generator)
         if delta.fold:
             raise ComposeError(f"Expected no change of frozen weights, got one by {rule.name!r}.")
@@ -109,7 +113,8 @@ def private(rule: Rule, terms: Terms, draw: Draw, charge: Charge) -> Rule:
             charge(event)
         source = draw(generator)
         std = _std(rule, terms, bound, sites, cohort.layout.size)
-        noisy_D, kept = _released(terms.correlated, state.get("noise"), delta.vector_D, std, source)
+        add = partial(_add, moving_D=_moving(delta, held), std=std, source=source)
+        noisy_D, kept = _released(terms.correlated, state.get("noise"), delta.vector_D, add)
         after = state | {"round": torch.tensor(round_)} | {f"rule/{k}": v for k, v in own.items()}
         if kept is not None:
             after["noise"] = kept
@@ -188,19 +193,51 @@ def _std(rule: Rule, terms: Terms, bound: float, sites: int, size: int) -> float
     return std_for(sensitivity, multiplier, size)
 
 
+def _moving(delta: Delta, held: frozenset[str]) -> Tensor | None:
+    """Which values (D,) a rule that holds some tensors may have moved; None: any.
+
+    Raises ComposeError where it has moved what it said that it holds.
+    """
+    if not held:
+        return None
+    shapes = zip(delta.layout.names, delta.layout.shapes, strict=True)
+    parts = [torch.full((math.prod(shape),), name not in held) for name, shape in shapes]
+    moving_D = torch.cat(parts)
+    if bool(delta.vector_D[~moving_D].any()):
+        raise ComposeError(
+            f"Expected no change of {', '.join(sorted(held)):.200}, which the rule says that it "
+            "holds still, got one; mend the rule."
+        )
+    return moving_D
+
+
+def _add(value_D: Tensor, moving_D: Tensor | None, std: float, source: Source) -> Tensor:
+    """The value (D,) with noise where it may move and zero elsewhere, float64."""
+    if moving_D is None:
+        return add_gaussian(value_D, std, source)
+    noisy_D = torch.zeros_like(value_D, dtype=torch.float64)
+    noisy_D[moving_D] = add_gaussian(value_D[moving_D], std, source)
+    return noisy_D
+
+
 def _released(
-    correlated: Correlated | None, kept: Tensor | None, exact_D: Tensor, std: float, source: Source
+    correlated: Correlated | None,
+    kept: Tensor | None,
+    exact_D: Tensor,
+    add: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, Tensor | None]:
     """The aggregate with its noise, and the noise of this and earlier rounds (bands - 1, D).
 
     With y = C x + z, the released x' = C^-1 y follows row by row: x' = x + z - sum over j > 0 of
-    c_j times the noise j rounds ago. What is rounded to the lattice is C x less what is public.
+    c_j times the noise j rounds ago. What is rounded to the lattice is C x less what is public. A
+    value that is held in a round is not released in it: the others are some of the rows of y, as
+    its x' is the x that is known, zero.
     """
     if correlated is None or kept is None:
-        return add_gaussian(exact_D, std, source), None
+        return add(exact_D), None
     exact_D = exact_D.double()
     past = torch.tensor(correlated.coefficients[1:], dtype=torch.float64)
-    noisy_D = add_gaussian(exact_D - past @ kept, std, source)
+    noisy_D = add(exact_D - past @ kept)
     return noisy_D, torch.cat([(noisy_D - exact_D)[None], kept])[: len(kept)]
 
 

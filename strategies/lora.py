@@ -94,7 +94,11 @@ def lora_freeze_a() -> Rule:
         check_layout("lora-freeze-a", cohort.layout)
         return _held(_averaged(cohort, "lora-freeze-a"), "A")
 
-    return Stage("lora-freeze-a", Cohort, Delta, pure(apply), proves=mean().proves)
+    def holds(state: State, layout: Layout) -> frozenset[str]:
+        return _factors(layout, "A")
+
+    proves = mean().proves
+    return Stage("lora-freeze-a", Cohort, Delta, pure(apply), proves=proves, holds=holds)
 
 
 def lora_alternate() -> Rule:
@@ -113,7 +117,10 @@ def lora_alternate() -> Rule:
         averaged = _averaged(cohort, "lora-alternate")
         return _held(averaged, frozen_factor(int(rounds))), {"rounds": rounds}
 
-    return Stage("lora-alternate", Cohort, Delta, apply, init, mean().proves)
+    def holds(state: State, layout: Layout) -> frozenset[str]:
+        return _factors(layout, frozen_factor(int(state["rounds"]) + 1))
+
+    return Stage("lora-alternate", Cohort, Delta, apply, init, mean().proves, holds=holds)
 
 
 def lora_share_a() -> Rule:
@@ -129,7 +136,10 @@ def lora_share_a() -> Rule:
             raise _misfit("lora-share-a", "no factor A")
         return _held(_averaged(cohort, "lora-share-a"), "B")
 
-    return Stage("lora-share-a", Cohort, Delta, pure(apply), proves=mean().proves)
+    def holds(state: State, layout: Layout) -> frozenset[str]:
+        return _factors(layout, "B")
+
+    return Stage("lora-share-a", Cohort, Delta, pure(apply), proves=mean().proves, holds=holds)
 
 
 def frozen_factor(round_: int) -> str:
@@ -204,12 +214,13 @@ def _averaged(cohort: Cohort, rule: str) -> Delta:
 
 def _held(delta: Delta, factor: str) -> Delta:
     """`delta` with zeros for one factor, whether it is of a pair or not."""
-    parts = delta.layout.unflatten(delta.vector_D)
-    held = {
-        name: torch.zeros_like(part) if side(name) == factor else part
-        for name, part in parts.items()
-    }
+    parts, still = delta.layout.unflatten(delta.vector_D), _factors(delta.layout, factor)
+    held = {name: torch.zeros_like(part) if name in still else part for name, part in parts.items()}
     return replace(delta, vector_D=delta.layout.flatten(held))
+
+
+def _factors(layout: Layout, factor: str) -> frozenset[str]:
+    return frozenset(name for name in layout.names if side(name) == factor)
 
 
 def _pairs(cohort: Cohort, rule: str) -> tuple[Pair, ...]:

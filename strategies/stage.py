@@ -14,6 +14,7 @@ from typing import Generic, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
+from models.layout import Layout
 from models.section import ConfigError
 from strategies.cohort import Cohort, Delta
 
@@ -53,6 +54,11 @@ def no_proof(facts: Facts) -> Facts:
     return Facts()
 
 
+def nothing_held(state: State, layout: Layout) -> frozenset[str]:
+    """Tensors that a stage never moves, of one that may move all: none."""
+    return frozenset()
+
+
 def any_number(count: int) -> int:
     """Rows that a stage gives for `count` rows, of a stage that takes any number and keeps it."""
     return count
@@ -66,6 +72,8 @@ class Stage(Generic[In, Out]):
     new state and changes neither argument; `proves` turns facts about every input into facts
     about every output, and proves nothing unless a stage says otherwise. `requires(N)` is the
     number of rows that the stage makes of N, and raises CohortError where N are too few for it.
+    `holds(state, layout)` names the tensors whose change `apply` gives as exactly zero in that
+    state, whatever the updates are: it goes by what the state says of rounds, never of updates.
     """
 
     name: str
@@ -75,6 +83,7 @@ class Stage(Generic[In, Out]):
     init: Callable[[int], State] = no_state
     proves: Callable[[Facts], Facts] = no_proof
     requires: Callable[[int], int] = any_number
+    holds: Callable[[State, Layout], frozenset[str]] = nothing_held
 
     def sensitivity(self, facts: Facts) -> float | None:
         """Proved L2 sensitivity of the output (see `Facts`), or None where there is no proof."""
@@ -131,8 +140,12 @@ def chain(*stages: Pre | Rule | Post) -> Rule:
             count = stage.requires(count)
         return count
 
+    def holds(state: State, layout: Layout) -> frozenset[str]:
+        last = stages[-1]
+        return last.holds(_split(state, [stage.name for stage in stages])[last.name], layout)
+
     name = "+".join(stage.name for stage in stages)
-    return Stage(name, Cohort, Delta, apply, init, proves, requires)
+    return Stage(name, Cohort, Delta, apply, init, proves, requires, holds)
 
 
 def _check(stages: tuple[Pre | Rule | Post, ...]) -> None:

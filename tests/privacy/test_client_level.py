@@ -227,6 +227,54 @@ def test_a_round_of_nobody_turns_the_alternation_too() -> None:
     assert released[1].tolist() == [1.0, 1.0, 1.0, 0.0, 0.0, 0.0]
 
 
+FACTORS = Layout(("q.lora_A.weight", "q.lora_B.weight"), ((4, 5_000), (5_000, 4)))
+
+
+@pytest.mark.parametrize("turns", [None, Correlated(6, 2, 3)])
+def test_a_factor_that_is_held_still_gets_no_noise(turns: Correlated | None) -> None:
+    """What does not move tells nothing, and noise on it would move it all the same."""
+    terms = Terms(1.5, 0.7, sites=4, share=0.5, correlated=turns)
+    around = registry.compose(
+        "lora-alternate", ["clip"], options={"clip_norm": 0.7},
+        around=lambda rule: built(terms, rule)[0],
+    )  # fmt: skip
+    rows = drawn(5, 3, size=FACTORS.size)
+    released, state = rounds(around, [cohort(rows, FACTORS)] * 6)
+    for at, vector_D in enumerate(released, 1):
+        parts = FACTORS.unflatten(vector_D)
+        moved, still = ("q.lora_B.weight", "q.lora_A.weight")[:: 1 if at % 2 else -1]
+        assert not parts[still].any()
+        assert int((parts[moved] == 0).sum()) < 10
+    if turns:
+        (kept,) = [tensor for key, tensor in state.items() if key.endswith("/noise")]
+        assert not FACTORS.unflatten(kept[0].float())["q.lora_B.weight"].any()
+
+
+def test_what_is_released_beside_held_factors_are_rows_of_the_noised_matrix() -> None:
+    """So that a site's guarantee is the one of all the rows, whose noise is independent."""
+    turns = Correlated(6, 2, 3)
+    rule, _ = built(Terms(1.5, 0.7, sites=4, share=0.5, correlated=turns), lora_alternate())
+    released, _ = rounds(rule, [cohort({}, FACTORS)] * 6)
+    matrix = np.zeros((6, 6))
+    for offset, value in enumerate(turns.coefficients):
+        matrix += np.diag(np.full(6 - offset, value), -offset)
+    white = matrix @ torch.stack(released).double().numpy()
+    factors = white[:, :20_000], white[:, 20_000:]
+    std = 1.5 * 0.7 / 2 * turns.gain
+    for at in range(6):
+        row = factors[(at + 1) % 2][at]  # B in odd rounds, A in even ones
+        assert stats.kstest(row / std, "norm").pvalue > 1e-3
+        assert stats.kstest(row / std * 1.5, "norm").pvalue < 1e-9
+    for factor, first in (factors[1], 0), (factors[0], 1):
+        assert np.abs(np.corrcoef(factor[first::2]) - np.eye(3)).max() < 0.05
+
+
+def test_a_rule_that_moves_what_it_says_it_holds_is_refused() -> None:
+    wrong = replace(mean(), holds=lambda state, layout: frozenset(layout.names))
+    with pytest.raises(ComposeError, match=r"Expected no change of w, which the rule says"):
+        rounds(built(TERMS, wrong)[0], [cohort(drawn(0, 2))])
+
+
 def test_the_adaptive_norm_clips_the_next_round() -> None:
     terms = Terms(0.0, 8.0, sites=2, adaptive=Adaptive(0.5, 1.0))
     rule, _ = built(terms)

@@ -17,7 +17,9 @@ from strategies import aggregate, fold
 from strategies.cohort import Cohort, CohortError
 from strategies.gap import product_gap
 from strategies.registry import RULES, compose
-from strategies.stage import State
+from strategies.rules import clip
+from strategies.server_optimizers import momentum
+from strategies.stage import State, chain
 
 SHAPES = {
     "x.q.lora_A.weight": (2, 9),
@@ -207,6 +209,33 @@ def test_lora_alternate_moves_b_in_odd_rounds_and_a_in_even_ones() -> None:
         delta, state = stage.apply(state, cohort, torch.Generator())
         for name, part in layout.unflatten(delta.vector_D).items():
             assert bool(part.any()) is (still not in name)
+
+
+@pytest.mark.parametrize(
+    ("rule", "held"), [("lora-freeze-a", "AAA"), ("lora-alternate", "ABA"), ("lora-share-a", "BBB")]
+)
+@pytest.mark.parametrize("scale", [1.0, 1e30])
+def test_what_a_rule_says_that_it_holds_is_zero_whatever_the_updates_are(
+    rule: str, held: str, scale: float
+) -> None:
+    layout = Layout.of(drawn(0))
+    chained = chain(clip(clip_norm=1e31), RULES[rule]())
+    state = chained.init(layout.size)
+    for at, factor in enumerate(held):
+        rows = {f"s{i}": layout.flatten(drawn(9 * at + i, scale)) for i in range(1, 4)}
+        still = chained.holds(state, layout)
+        assert still == {name for name in SHAPES if f".lora_{factor}." in name}
+        cohort = Cohort.of(layout, torch.zeros(layout.size), rows)
+        delta, state = chained.apply(state, cohort, torch.Generator())
+        for name, part in layout.unflatten(delta.vector_D).items():
+            assert bool(part.any()) == (name not in still)
+
+
+def test_a_stage_after_a_rule_holds_nothing_unless_it_says_so() -> None:
+    """A momentum of earlier rounds would move what the rule holds."""
+    layout = Layout.of(drawn(0))
+    chained = chain(RULES["lora-freeze-a"](), momentum())
+    assert not chained.holds(chained.init(layout.size), layout)
 
 
 @settings(max_examples=25, deadline=None)
