@@ -49,6 +49,11 @@ def by_products(rule: str, pre: Sequence[str]) -> bool:
     return judged(pre) or rule not in (*_MEANS, *_RAW)
 
 
+def compares(rule: str, pre: Sequence[str]) -> bool:
+    """Whether something compares updates, in which LoRA's scale weighs products against heads."""
+    return judged((*pre, rule)) or rule in ("bulyan", "centered-clipping")
+
+
 def check(rule: str, pre: Sequence[str], server_optimizer: str) -> None:
     """Refuse stages that do not fit whatever the payload is; raises ConfigError."""
     if "module-screen" in pre[1:]:

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import gzip
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from flower_app import compose
 from flower_app.bench.results import resolve
 from flower_app.bench.robustness import features as features_module
 from flower_app.bench.robustness import grid, page, whole
-from flower_app.bench.robustness.cell import Cell, run_cell
+from flower_app.bench.robustness.cell import Cell, prepared, run_cell
 from flower_app.bench.robustness.features import Features, features_of
 from flower_app.bench.robustness.heatmap import heatmap
-from flower_app.bench.robustness.proxy import Proxy, Schedule
+from flower_app.bench.robustness.proxy import SCALE, Proxy, Schedule
 from flower_app.bench.robustness.table import Entry, Table
 from flower_app.bench.robustness.task import SITES, Rows, divided, task
 from flower_app.bench.robustness.verdicts import judged, verdicts
@@ -27,6 +29,7 @@ from models.text import Labelled
 from strategies import registry
 from strategies.attacks.config import AttackConfig
 from strategies.attacks.registry import ATTACKS, pick
+from strategies.cohort import Cohort
 
 WIDTH = 12
 SHORT = Schedule(rounds=2, steps=3, batch=8, learning_rate=1e-2)
@@ -114,6 +117,48 @@ def test_sites_train_apart_and_the_same_for_the_same_seed(one_thread: None) -> N
     one = proxy.train(base, sites, [1, 2, 3], replace(SHORT, steps=1))
     parts = proxy.layout.unflatten(one[0])
     assert parts["pooler.lora_A.weight"].abs().max() < 1e-6 < parts["classifier.weight"].abs().max()
+
+
+def test_products_count_as_much_as_they_move_the_proxy(one_thread: None) -> None:
+    """A scale of updates that is not the model's own would weigh LoRA against the head wrongly."""
+    found = made_up([GOOD, BAD] * 20, Path())
+    lora = Proxy(Features((), found["features"], found["weight"], found["bias"]))
+    generator = torch.Generator().manual_seed(3)
+    named = lora.layout.unflatten(torch.randn(lora.layout.size, generator=generator))
+    a, b = named["pooler.lora_A.weight"], named["pooler.lora_B.weight"]
+    moved = found["weight"] + SCALE * b @ a
+    dense = Proxy(Features((), found["features"], moved, found["bias"]))
+    zero = {**named, "pooler.lora_B.weight": torch.zeros_like(b)}
+    base_D, payload_D = (lora.layout.flatten(parts) for parts in (zero, named))
+    index = torch.arange(40)
+    for label in (0, 1):
+        rows = Rows(index, torch.full_like(index, label))
+        assert torch.equal(lora.right(payload_D, rows), dense.right(base_D, rows))
+    payload = defaults()
+    assert payload["payload.alpha"] / payload["payload.rank"] == SCALE
+
+
+@pytest.mark.parametrize("pre", ["", "nnm"])
+def test_a_cell_judges_updates_by_the_scale_of_its_model(data: Path, pre: str) -> None:
+    federation = prepared(cell(pre=pre), SHORT, data, data / "cache")
+    seen: list[float] = []
+
+    def looked(state: Any, cohort: Cohort, generator: torch.Generator) -> Any:
+        seen.append(cohort.lora_scale)
+        return federation.chain.apply(state, cohort, generator)
+
+    replace(federation, chain=replace(federation.chain, apply=looked)).round(1)
+    assert seen == [SCALE]
+
+
+@given(st.sampled_from(grid.RULES), st.sampled_from(grid.PRE))
+def test_cells_that_were_run_with_another_scale_are_run_again_where_it_counts(
+    rule: str, pre: str
+) -> None:
+    one = cell(rule=rule, pre=pre)
+    plain = "|".join(str(value) for value in asdict(one).values())
+    counts = pre == "nnm" or rule not in ("mean", "norm-bounding", "median", "trimmed-mean")
+    assert (one.key != plain) is counts
 
 
 def test_training_teaches_and_the_gate_sets_malformed_replies_aside(data: Path) -> None:

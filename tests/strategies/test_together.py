@@ -366,6 +366,19 @@ def test_what_weights_are_nothing_to_gives_the_same_for_any_of_them(name: str) -
     assert same is (name in together.UNWEIGHTED)
 
 
+@pytest.mark.parametrize("name", [*registry.RULES, *(n for n in registry.PRE if n != "clip")])
+def test_what_compares_updates_depends_on_loras_scale(name: str) -> None:
+    stage = made(name) if name in registry.RULES else made("mean", name)
+    pre = () if name in registry.RULES else (name,)
+    small, large = (
+        [result(stage, trusting(lora_cohort(seed, 9, lora_scale=scale))) for seed in range(12)]
+        for scale in (1e-3, 1e3)
+    )
+    same = all(map(torch.equal, small, large))
+    if name != "module-screen":  # which compares module by module
+        assert same is not together.compares("mean" if pre else name, pre)
+
+
 @pytest.mark.parametrize("weigher", together.WEIGHING)
 @pytest.mark.parametrize("between", [(), ("clip",)])
 def test_weights_that_nothing_would_mind_are_refused(weigher: str, between: Sequence[str]) -> None:

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flower_app.bench.robustness.proxy import Proxy, Schedule
+from flower_app.bench.robustness.proxy import SCALE, Proxy, Schedule
 from flower_app.bench.robustness.task import TRIGGER, Task, corpus, task
 from models.section import ConfigError
 from models.seeds import derive
 from models.wire import encode
+from strategies import together
 from strategies.attacks.config import AttackConfig
 from strategies.attacks.malformed import Sent
 from strategies.attacks.registry import pick
@@ -27,7 +28,7 @@ from strategies.attacks.view import View
 from strategies.cohort import Cohort, CohortError
 from strategies.config import StrategyConfig
 from strategies.gate import Gate, Refusal, Reply
-from strategies.registry import build
+from strategies.registry import build, split_names
 from strategies.stage import Rule
 
 GATE = StrategyConfig()
@@ -47,8 +48,11 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """A name that no other cell of the grid has."""
-        return "|".join(str(value) for value in asdict(self).values())
+        """A name that no other cell has, nor this one with updates compared by another scale."""
+        values = [str(value) for value in asdict(self).values()]
+        if together.compares(self.rule, split_names(self.pre)):
+            values.append(f"lora-scale={SCALE:g}")
+        return "|".join(values)
 
     @property
     def attacking(self) -> AttackConfig:
@@ -88,7 +92,9 @@ class Federation:
             {site: row_D for site, (row_D, _) in admitted.items()},
             {site: float(count) for site, (_, count) in admitted.items()},
         )
-        cohort = replace(cohort, trusted_D=trusted_D, caught=len(rows) - len(admitted))
+        cohort = replace(
+            cohort, lora_scale=SCALE, trusted_D=trusted_D, caught=len(rows) - len(admitted)
+        )
         generator = torch.Generator().manual_seed(derive(self.cell.seed, "chain", number))
         delta, self.state = self.chain.apply(self.state, cohort, generator)
         self.payload_D = self.payload_D + delta.vector_D
@@ -139,7 +145,7 @@ def run_cell(cell: Cell, schedule: Schedule, data: Path, cache: Path) -> dict[st
     started = time.monotonic()
     line: dict[str, Any] = {**asdict(cell), "key": cell.key, "schedule": asdict(schedule)}
     try:
-        federation = _prepared(cell, schedule, data, cache)
+        federation = prepared(cell, schedule, data, cache)
         for number in range(1, schedule.rounds + 1):
             federation.round(number)
     except (ConfigError, CohortError) as error:
@@ -160,7 +166,8 @@ def _measured(federation: Federation) -> dict[str, Any]:
     }
 
 
-def _prepared(cell: Cell, schedule: Schedule, data: Path, cache: Path) -> Federation:
+def prepared(cell: Cell, schedule: Schedule, data: Path, cache: Path) -> Federation:
+    """A cell before its first round."""
     rows = task(data, cache, cell.partition, cell.attacking, cell.seed)
     proxy = _proxy(data, cache)
     # A defence is told how many attackers there may be, also where there are none.

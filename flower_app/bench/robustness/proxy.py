@@ -18,7 +18,8 @@ from models.layout import Layout
 from models.seeds import derive
 
 RANK = 8
-_SCALE = 2.0  # alpha / rank, as the app's default
+SCALE = 2.0
+"""LoRA's alpha / rank, as the app's default."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class Proxy:
         x_NBH = self._x_RH[index_NB]
         low_NBR = torch.bmm(x_NBH, a_NRH.transpose(1, 2))
         hidden_NBH = torch.baddbmm(
-            self._wx_RH[index_NB], low_NBR, b_NHR.transpose(1, 2), alpha=_SCALE
+            self._wx_RH[index_NB], low_NBR, b_NHR.transpose(1, 2), alpha=SCALE
         ).tanh()
         return torch.baddbmm(bias_NC[:, None], hidden_NBH, head_NCH.transpose(1, 2))
 
