@@ -20,6 +20,7 @@ from flower_app.split.stream import StreamError
 from models import base
 from models.payload import virtual_tokens
 from models.section import ConfigError
+from models.split.adapter import middle_beside
 from models.split.generate import greedy, sampling
 from models.split.step import SplitError
 from models.text import Frame
@@ -116,6 +117,11 @@ def _read(config: Config, folder: Path, plain: bool) -> tuple[Any, Any]:
     model_folder = base.find_folder(config.model.name)
     base.quiet()
     whole = config.payload.kind == "full" and not plain
+    if config.payload.kind == "split" and not plain and middle_beside(folder / "adapter"):
+        raise ConfigError(
+            f"Expected an adapter of the whole model in {str(folder)!r}, got a site's own, which "
+            "has no middle; write with --split, or name the server's run."
+        )
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     model: Any = AutoModelForCausalLM.from_pretrained(
         folder / "adapter" if whole else model_folder, dtype=getattr(torch, config.model.dtype)

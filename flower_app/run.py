@@ -69,7 +69,7 @@ def run(grid: Grid, config: Config) -> RunFolder:
         log(WARNING, "Simulated attack %r by %s.", config.attack.name, ", ".join(sorted(malicious)))
         recorder.attacked(config.attack.name, malicious)
     server = _middle(config, base, payload, recorder, members, checkpoint)
-    plan = _plan(folder, facts, _mode(members)) | (server.plan if server else {})
+    plan = _plan(folder, facts, _mode(members))
     strategy = _strategy(
         config, base, payload, roster, recorder, folder, plan, members, facts["run"],
         server,
@@ -246,7 +246,11 @@ def _strategy(
         quorum=config.run.quorum,
         members=roster.present,
         # A round that did not count is none for the site either: it goes on from before it.
-        plan=lambda round_, site: {**plan, "counted": recorder.counted.get(site, 0)},
+        plan=lambda round_, site: {
+            **plan,
+            **(middle.plan if middle else {}),
+            "counted": recorder.counted.get(site, 0),
+        },
         spool=_spool(folder),
         listener=recorder,
         trusted=RootTrainer(config, base, payload).update if config.strategy.trusts else None,

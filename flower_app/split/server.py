@@ -11,10 +11,10 @@ from torch import Tensor
 
 from flower_app.config import Config
 from flower_app.split.sharing import Sharing
-from flower_app.split.site import ADDRESS, CERTIFICATE, KEY_QUERY, frame_bytes, limits
+from flower_app.split.site import ADDRESS, CERTIFICATE, KEY_QUERY, MIDDLE, frame_bytes, limits
 from flower_app.split.stream import StreamServer
 from models.section import ConfigError
-from models.split.adapter import added, factors, load_factors
+from models.split.adapter import added, digest_of_tensors, factors, load_factors
 from models.split.base import SplitBase
 from models.split.inbox import Inbox
 from models.split.link import Frames
@@ -60,6 +60,7 @@ class SplitServer:
             max_bytes=frame_bytes(self._limits),
         )
         self._known: dict[str, bytes] = {}
+        self._digested = ""
 
     def adapter(self) -> dict[str, Tensor]:
         """The middle's share of the joined adapter, trained or not, by the whole model's names."""
@@ -70,7 +71,15 @@ class SplitServer:
         """What every site is told of the stream."""
         host = self._config.split.listen.rpartition(":")[0]
         address = self._config.split.address or f"{host}:{self._stream.port}"
-        return {ADDRESS: address, CERTIFICATE: self._identity.certificate.decode()}
+        certificate = self._identity.certificate.decode()
+        return {ADDRESS: address, CERTIFICATE: certificate, MIDDLE: self._digest()}
+
+    def _digest(self) -> str:
+        """That of the last round's middle, which a site's own adapter names; else empty."""
+        if self._config.payload.personal and not self._digested:
+            learnt = sorted(self.adapter().items())
+            self._digested = digest_of_tensors(learnt) if learnt else ""
+        return self._digested
 
     def state(self) -> dict[str, Tensor]:
         """What the middle has learnt, by the names of the whole model's adapter."""
@@ -78,6 +87,7 @@ class SplitServer:
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Go on from what `state` gave."""
+        self._digested = ""
         load_factors(self._middle, state)
 
     def admit(self, sites: Sequence[str], ask: Ask) -> dict[str, str]:

@@ -28,7 +28,7 @@ from strategies.messages import Scalar, config_of
 KEY_QUERY = "split_key"
 _STATE = "split"
 # What the server says of its stream with every plan.
-ADDRESS, CERTIFICATE = "split-address", "split-certificate"
+ADDRESS, CERTIFICATE, MIDDLE = "split-address", "split-certificate", "split-middle"
 
 
 def limits(config: Config, hidden_size: int) -> Limits:
@@ -87,6 +87,7 @@ def connected(
         yield None
         return
     module = payload.module
+    payload.beside = str(plan.get(MIDDLE, ""))
     within = limits(config, module.config.hidden_size)
     ask = partial(
         exchange,

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ _WRAPPER = "base_model.model."
 _WEIGHTS = "adapter_model.safetensors"
 # A soft prompt, as the whole model under PEFT has it, and as PEFT's files have it.
 _PROMPT, _SAVED_PROMPT = "prompt_encoder.embedding.weight", "prompt_embeddings"
+# What a file without the middle says of it, in its metadata.
+_BESIDE = "middle"
 # Keys of adapter_config.json that say where it came from, not what it computes.
 _INDECISIVE = ("base_model_name_or_path", "revision", "peft_version", "inference_mode")
 
@@ -151,8 +154,13 @@ def _plain(part: Part) -> dict[str, nn.Parameter]:
     return {before_adapting(part.name_in_whole(n)): p for n, p in part.named_parameters()}
 
 
-def join(tensors: Mapping[str, Tensor], settings: PeftConfig, folder: Path) -> None:
-    """Write the factors of all parts as one PEFT adapter for the whole model."""
+def join(
+    tensors: Mapping[str, Tensor], settings: PeftConfig, folder: Path, beside: str = ""
+) -> None:
+    """Write the factors of all parts as one PEFT adapter for the whole model.
+
+    Of a site's own, which has no middle, `beside` is the digest of the one that it goes with.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     settings.save_pretrained(str(folder))
     sort_lists(folder / "adapter_config.json")
@@ -160,7 +168,7 @@ def join(tensors: Mapping[str, Tensor], settings: PeftConfig, folder: Path) -> N
         _SAVED_PROMPT if name == _PROMPT else _WRAPPER + name: tensors[name].contiguous()
         for name in sorted(tensors)
     }
-    save_file(named, folder / _WEIGHTS, {"format": "pt"})
+    save_file(named, folder / _WEIGHTS, {"format": "pt"} | ({_BESIDE: beside} if beside else {}))
 
 
 def read_settings(folder: Path) -> PeftConfig:
@@ -186,13 +194,35 @@ def read_settings(folder: Path) -> PeftConfig:
     return settings
 
 
-def digest_of_adapter(folder: Path) -> str:
-    """SHA-256 of an adapter's tensors and of what decides how they are used."""
+def digest_of_adapter(folder: Path, middle: Part) -> str:
+    """SHA-256 of what an adapter holds for the middle, and of what decides how it is used.
+
+    The ends may differ from site to site; a file without the middle names the one that it goes with
+    (`middle_beside`). Raises ConfigError for a file that cannot be read.
+    """
     settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     decisive = {key: value for key, value in settings.items() if key not in _INDECISIVE}
     total = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode())
-    with (folder / _WEIGHTS).open("rb") as file:
-        total.update(hashlib.file_digest(file, "sha256").digest())
+    with _opened(folder / _WEIGHTS) as file:
+        there = {_WRAPPER + name for name in _plain(middle) | _added(middle)} & set(file.keys())
+        held = ((key.removeprefix(_WRAPPER), file.get_tensor(key)) for key in sorted(there))
+        total.update((middle_beside(folder) or digest_of_tensors(held)).encode())
+    return total.hexdigest()
+
+
+def middle_beside(folder: Path) -> str:
+    """Digest of the middle that a site's own adapter goes with; empty for a joined one."""
+    with _opened(folder / _WEIGHTS) as file:
+        return str((file.metadata() or {}).get(_BESIDE, ""))
+
+
+def digest_of_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 of names, types, shapes and values, in the order given."""
+    total = hashlib.sha256()
+    for name, tensor in tensors:
+        total.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
+        octets = tensor.cpu().contiguous().flatten().view(torch.uint8)
+        total.update(octets.numpy().data)
     return total.hexdigest()
 
 
@@ -203,20 +233,26 @@ def load_adapter(part: Part, folder: Path) -> None:
     Raises ConfigError for a file without it, or with tensors of another shape.
     """
     path = folder / _WEIGHTS
+    with _opened(path) as file:
+        there = set(file.keys())
+        kept = {n: p for n, p in _plain(part).items() if _WRAPPER + n in there}
+        for name, parameter in (kept | _added(part)).items():
+            key = _WRAPPER + name
+            found = file.get_tensor(key) if key in there else torch.empty(0)
+            if found.shape != parameter.shape:
+                raise ConfigError(
+                    f"Expected {key!r} of shape {tuple(parameter.shape)} in {str(path)!r}, got "
+                    f"{tuple(found.shape) if key in there else 'none'}; name the adapter of "
+                    "this model."
+                )
+            parameter.copy_(found)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, "pt") as file:
-            there = set(file.keys())
-            kept = {n: p for n, p in _plain(part).items() if _WRAPPER + n in there}
-            for name, parameter in (kept | _added(part)).items():
-                key = _WRAPPER + name
-                found = file.get_tensor(key) if key in there else torch.empty(0)
-                if found.shape != parameter.shape:
-                    raise ConfigError(
-                        f"Expected {key!r} of shape {tuple(parameter.shape)} in {str(path)!r}, got "
-                        f"{tuple(found.shape) if key in there else 'none'}; name the adapter of "
-                        "this model."
-                    )
-                parameter.copy_(found)
+            yield file
     except (OSError, SafetensorError) as error:
         raise ConfigError(
             f"Expected safetensors in {str(path)!r}, but: {error}; copy it again."

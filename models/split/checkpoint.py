@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -13,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from models.section import ConfigError
-from models.split.adapter import before_adapting
+from models.split.adapter import before_adapting, digest_of_tensors
 from models.split.cut import Part
 
 
@@ -75,14 +74,8 @@ class Checkpoint:
 
     def digest(self, part: Part) -> str | None:
         """SHA-256 of a part's names, types, shapes and values; None where the folder has none."""
-        total = hashlib.sha256()
         keys = self.keys_of(part)
-        for key in keys:
-            tensor = self.read(key)
-            total.update(f"{key}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
-            octets = tensor.contiguous().flatten().view(torch.uint8)
-            total.update(octets.numpy().data)
-        return total.hexdigest() if keys else None
+        return digest_of_tensors((key, self.read(key)) for key in keys) if keys else None
 
 
 @contextmanager

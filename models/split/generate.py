@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig
 
-from models.split.adapter import digest_of_adapter, load_adapter, read_settings
+from models.section import ConfigError
+from models.split.adapter import digest_of_adapter, load_adapter, middle_beside, read_settings
 from models.split.cut import Head, Middle, Part, Tail
 from models.split.link import FrameLink, Frames, Limits
-from models.split.load import Cuts, PartName, digest_of_parts, load_parts
+from models.split.load import Cuts, PartName, digest_of_parts, load_parts, load_split
 from models.split.messages import Kind, Message
 from models.split.step import SplitError
 
@@ -63,15 +64,24 @@ def load_for_text(
 ) -> tuple[dict[PartName, Part], str]:
     """Parts of a causal model with their share of an adapter, and the digest of both.
 
-    The digest is the same at both sides. Raises ConfigError for folders that do not fit.
+    The digest is the same at both sides, whatever the ends of a site's own adapter are. Raises
+    ConfigError for folders that do not fit.
     """
     digest = digest_of_parts(folder, cuts)
     if adapter is None:
         return load_parts(folder, wanted, cuts, dtype=dtype), digest
-    parts = load_parts(folder, wanted, cuts, dtype=dtype, payload=read_settings(adapter))
+    settings = read_settings(adapter)
+    if "middle" in wanted and middle_beside(adapter):
+        raise ConfigError(
+            f"Expected an adapter with a middle in {str(adapter)!r}, got a site's own, which has "
+            "none; name the folder `adapter` of the server's run."
+        )
+    every, _ = load_split(folder, wanted, cuts, dtype=dtype, payload=settings)
+    parts: dict[PartName, Part] = {name: getattr(every, name) for name in wanted}
     for part in parts.values():
         load_adapter(part, adapter)
-    return parts, hashlib.sha256(f"{digest}:{digest_of_adapter(adapter)}".encode()).hexdigest()
+    both = f"{digest}:{digest_of_adapter(adapter, every.middle)}"
+    return parts, hashlib.sha256(both.encode()).hexdigest()
 
 
 def generate(

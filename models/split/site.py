@@ -75,6 +75,7 @@ class SplitPayload(Payload):
         super().__init__("split", module, personal, fresh_modules)
         self.settings = settings
         self.middle: Callable[[], Mapping[str, Tensor]] = dict
+        self.beside = ""  # digest of the server's middle, which a site does not have
 
     @property
     def virtual_tokens(self) -> int:
@@ -82,9 +83,10 @@ class SplitPayload(Payload):
         return self.module.head.virtual_tokens
 
     def save(self, folder: Path) -> None:
-        """Write all three parts as one PEFT adapter for the whole model."""
+        """Write all three parts as one PEFT adapter for the whole model; at a site, the ends."""
         ends = added(self.module.head) | added(self.module.tail)
-        join(ends | dict(self.middle()), self.settings, folder)
+        middle = dict(self.middle())
+        join(ends | middle, self.settings, folder, "" if middle else self.beside)
 
 
 def train_across(

@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from flower_app import client_app
+from flower_app import client_app, generate
 from flower_app.config import parse
 from flower_app.node import parse_node
 from flower_app.split.server import SplitIntake, finite, mean_of
@@ -30,7 +30,8 @@ from flower_app.worker import Worker
 from models.evaluate import Score, evaluate
 from models.payload import Payload
 from models.section import ConfigError
-from models.split.load import Cuts, write_parts
+from models.split.generate import load_for_text
+from models.split.load import SERVER, SITE, Cuts, PartName, write_parts
 from tests.fakes import Answer, FakeGrid
 from tests.flower_app.nodes import NAMES, Nodes
 from tests.flower_app.runs import Killed, bytes_below, deploy, killed_in, rows, run, simulate
@@ -102,6 +103,35 @@ def test_a_sites_last_block_may_stay_with_it(nodes: Nodes) -> None:
     assert set(kept) == set(NAMES) and len(set(kept.values())) == 3
     first, last = rows(folder, "evaluation")[0], rows(folder, "evaluation")[-1]
     assert last["loss"] < first["loss"]
+
+
+@pytest.mark.parametrize("middle", ["lora", "full"])
+def test_a_sites_own_adapter_goes_with_the_servers_middle(
+    nodes: Nodes, middle: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = SPLIT | {"payload__personal": "layers.3", "split__middle": middle}
+    folder, other = (
+        simulate(nodes, name, keys, train__learning_rate=rate)[0]
+        for name, rate in (("split", 0.05), ("other", 0.01))
+    )
+
+    def digest(adapter: Path, *wanted: PartName) -> str:
+        return load_for_text(nodes.model, wanted, Cuts(), adapter)[1]
+
+    server = digest(folder / "adapter", *SERVER)
+    assert digest(folder / "adapter", *SITE) == server != digest(other / "adapter", *SITE)
+    own = [path / "adapter" for path in sorted((folder / "sites").iterdir())]
+    assert len(own) == 3 and {digest(adapter, *SITE) for adapter in own} == {server}
+    tails = [load_file(adapter / "adapter_model.safetensors") for adapter in own]
+    assert not any(".layers.1." in name for name in tails[0])
+    assert any(not torch.equal(tails[0][name], tails[1][name]) for name in tails[0])
+    assert {digest(path, *SITE) for path in other.glob("sites/*/adapter")}.isdisjoint({server})
+    # In one piece it would be a model with an untrained middle.
+    (own[0].parent / "config.toml").write_bytes((folder / "config.toml").read_bytes())
+    assert generate.main(["--run", str(own[0].parent), "--prompt", "the cat"]) == 2
+    assert "Expected an adapter of the whole model in" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=r"Expected an adapter with a middle in .*a site's own"):
+        digest(own[0], *SERVER)
 
 
 def test_an_encoder_is_cut_for_classification(
