@@ -34,6 +34,11 @@ from strategies.cohort import Cohort
 WIDTH = 12
 SHORT = Schedule(rounds=2, steps=3, batch=8, learning_rate=1e-2)
 GOOD, BAD = "fine", "poor"
+# Rules of the grid that have figures both alone and behind nearest-neighbour mixing.
+BOTH_WAYS = (
+    "mean", "norm-bounding", "krum", "multi-krum", "geometric-median", "centered-clipping",
+    "fltrust", "foolsgold",
+)  # fmt: skip
 
 
 def made_up(texts: Any, path: Path) -> dict[str, torch.Tensor]:
@@ -189,6 +194,15 @@ def test_a_rule_with_too_few_sites_is_refused_with_its_reason(data: Path) -> Non
     assert "accuracy" not in line and "num-byzantine" in line["refused"]
 
 
+@pytest.mark.parametrize("rule", grid.RULES)
+def test_rules_that_count_as_tried_with_and_without_mixing_are_those_with_figures(
+    data: Path, rule: str
+) -> None:
+    lines = [ran(data, cell("sign-flip", rule, pre, fraction=page.AT)) for pre in grid.PRE]
+    assert ("accuracy" in lines[0] and "accuracy" in lines[1]) is (rule in BOTH_WAYS)
+    assert all("accuracy" in line or line["refused"] for line in lines)
+
+
 def test_only_malicious_sites_are_poisoned(data: Path) -> None:
     attack = AttackConfig(name="label-flip", target=1)
     bad = task(data, data / "cache", "iid", attack, 0)
@@ -205,7 +219,8 @@ def test_only_malicious_sites_are_poisoned(data: Path) -> None:
 def test_the_grid_is_as_large_as_it_should_be() -> None:
     cells = grid.cells(quick=False)
     assert len({c.key for c in cells}) == len(cells)
-    assert len(grid.ATTACKS) - 1 >= 10 and len(grid.RULES) >= 8 and set(grid.PRE) == {"", "nnm"}
+    assert len(grid.ATTACKS) - 1 >= 10 and set(grid.PRE) == {"", "nnm"}
+    assert set(BOTH_WAYS) <= set(grid.RULES) and len(set(BOTH_WAYS)) >= 8
     assert set(grid.FRACTIONS) == {0.1, 0.2, 0.3} and len(grid.SEEDS) == 3 and SITES >= 10
     assert set(grid.ATTACKS) <= set(ATTACKS) and set(grid.RULES) <= set(registry.RULES)
     for one in cells:
@@ -271,6 +286,11 @@ def test_a_table_is_the_mean_over_seeds_and_survives_its_file() -> None:
     assert [(d, a) for d, _, a in table.worst_case("iid", 0.2)] == [
         ("krum", "backdoor"), ("median", "ipm"), ("mean", "ipm"),
     ]  # fmt: skip
+    assert table.both_ways(0.2) == []
+    mixed = [
+        line("ipm", rule, figure, pre="nnm") for rule, figure in (("krum", 0.7), ("mean", None))
+    ]
+    assert Table.of([*LINES, *mixed]).both_ways(0.2) == ["krum"]
     partly = Table.of([ln for ln in LINES if (ln["attack"], ln["rule"]) != ("ipm", "krum")])
     assert "krum" not in [defence for defence, _, _ in partly.worst_case("iid", 0.2)]
     assert Table.of(LINES).worst_case("iid", 0.3) == []
@@ -310,7 +330,7 @@ def test_targets_are_judged_by_the_figures() -> None:
 def test_the_page_says_what_the_figures_say() -> None:
     text = page.render(Table.of(LINES), [])
     assert (
-        "13 of the grid's 5040 cells: 2 attacks and none, 4 defences" in text
+        "13 of the grid's 5544 cells: 2 attacks and none, 4 defences (4 rules" in text
         and "3 of them were refused" in text
     )
     assert "| ipm | 50.0 | krum | 79.0 | -2.0 | – |" in text
@@ -355,7 +375,8 @@ def test_the_page_in_the_docs_is_that_of_its_figures() -> None:
     table = Table.read(page.FIGURES.read_text())
     runs = json.loads(page.WHOLE.read_text())
     assert page.PAGE.read_text() == page.render(table, runs)
-    assert len(table.values("attack")) - 1 >= 10 and len(table.values("rule")) >= 8
+    assert len(table.values("attack")) - 1 >= 10
+    assert set(table.both_ways(page.AT)) == set(BOTH_WAYS) & set(table.values("rule"))
     assert set(table.values("pre")) == {"", "nnm"}
     assert page.AT in table.values("fraction")
     for partition in table.values("partition"):

@@ -40,8 +40,8 @@ ATTACKS: Mapping[str, Options] = {
     "factor-scaling": (),
 }
 RULES = (
-    "mean", "median", "trimmed-mean", "krum", "multi-krum", "bulyan", "geometric-median",
-    "centered-clipping", "fltrust", "foolsgold",
+    "mean", "norm-bounding", "median", "trimmed-mean", "krum", "multi-krum", "bulyan",
+    "geometric-median", "centered-clipping", "fltrust", "foolsgold",
 )  # fmt: skip
 PRE = ("", "nnm")
 FRACTIONS = (0.2, 0.1, 0.3)  # the one with targets first

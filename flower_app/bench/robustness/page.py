@@ -100,12 +100,14 @@ def _amount(table: Table) -> str:
     seeds = f"{most}" if few == most else f"{few} to {most}"
     attacks, planned = len(table.values("attack")) - 1, len(cells_of(quick=False))
     refused = sum(entry.seeds for entry in table.entries if entry.refused)
+    rules, both = table.values("rule"), len(table.both_ways(AT))
     lying = " and ".join(NAMES.get(name, name) for name in table.values("partition"))
     return (
         f"{cells} of the grid's {planned} cells: {attacks} attacks and none, "
-        f"{len(table.values('defence'))} defences (each rule alone and behind nearest-neighbour "
-        f"mixing), {_fractions_of(table)} % attackers, {lying}, {seeds} seeds; {refused} of them "
-        "were refused by the rule."
+        f"{len(table.values('defence'))} defences ({len(rules)} rules alone and behind nearest-"
+        f"neighbour mixing, {both} of them with figures both ways), "
+        f"{_fractions_of(table)} % attackers, {lying}, {seeds} seeds; {refused} of them were refused "
+        "by the rule."
     )
 
 

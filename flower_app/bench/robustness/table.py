@@ -101,6 +101,19 @@ class Table:
         """Distinct values of a field, in order."""
         return list(dict.fromkeys(getattr(entry, name) for entry in self.entries))
 
+    def both_ways(self, fraction: float) -> list[str]:
+        """Rules that no cell refuses at a share of attackers, neither alone nor behind a stage."""
+
+        def known(rule: str, pre: str) -> bool:
+            mine = self.where(rule=rule, pre=pre, fraction=fraction)
+            return bool(mine) and all(entry.accuracy is not None for entry in mine)
+
+        stages = self.values("pre")
+        alone = "" in stages and len(stages) > 1
+        return [
+            rule for rule in self.values("rule") if alone and all(known(rule, p) for p in stages)
+        ]
+
     def best(self, **wanted: object) -> Entry | None:
         """The defence (all but the bare mean) with the highest accuracy among entries."""
         known = [e for e in self.where(**wanted) if e.accuracy is not None and e.defence != "mean"]
