@@ -106,8 +106,8 @@ def _amount(table: Table) -> str:
         f"{cells} of the grid's {planned} cells: {attacks} attacks and none, "
         f"{len(table.values('defence'))} defences ({len(rules)} rules alone and behind nearest-"
         f"neighbour mixing, {both} of them with figures both ways), "
-        f"{_fractions_of(table)} % attackers, {lying}, {seeds} seeds; {refused} of them were refused "
-        "by the rule."
+        f"{_fractions_of(table)} % attackers, {lying}, {seeds} seeds; {refused} of them were "
+        "refused by the rule."
     )
 
 
