@@ -1,7 +1,8 @@
 """Secure aggregation by homomorphic encryption: seconds and bytes per site against a plain round.
 
 All sites encrypt, a twentieth of them drops out before sending, one opens the sum. In one process
-of one thread, whose CPU time counts; Flower's messages are left out.
+of one thread, whose CPU time counts; bytes are those of all values that the messages hold, without
+Flower's framing of them.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ import torch
 from flower_app.bench.output import table
 from privacy.secure import ckks
 from privacy.secure.ckks_keys import made
+from privacy.secure.encrypted import advertise
+from privacy.secure.intake import proposed
 from privacy.secure.terms import Terms
+from strategies.exchange import Parcel, nbytes
 
 _WEIGHT, _SCALE = 100, 128
 T = TypeVar("T")
@@ -47,8 +51,11 @@ def measured(terms: Terms, reach: float) -> dict[str, Any]:
     mean_D, _ = numbers.decode(numbers.unpack(opened, numbers.length(size)), _SCALE)
     cut = update.clamp(-reach, reach).numpy()
     assert float(np.abs(mean_D - cut).max()) <= 2 * numbers.step, "the sum is not of the updates"
-    plain, sites = 8 * size, len(names)
-    secure = 4 * size + up + (len(data) + len(opened)) / sites
+    plain, sites, told = 8 * size, len(names), proposed(terms)
+    # What each site is sent and sends before, and what passes the one that opens the sum.
+    alone: list[Parcel] = [told, advertise(_WEIGHT, key), {**told, "scale": _SCALE}]
+    shared: list[Parcel] = [{**told, "active": names, "sum": data}, {"numbers": opened}]
+    secure = 4 * size + up + sum(map(nbytes, alone)) + sum(map(nbytes, shared)) / sites
     return {
         "sites": len(terms.members),
         "size": size,
@@ -84,7 +91,7 @@ def text(records: list[dict[str, Any]]) -> str:
         [
             table(columns, rows),
             "",
-            "The same sums by CKKS. MB: to a site and back, with an equal part of what the one\n"
-            "that opens the sum gets and sends (open: its work, once per sum).",
+            "The same sums by CKKS. MB: as above, with an equal part of what the one that opens\n"
+            "the sum gets and sends (open: its work, once per sum).",
         ]
     )

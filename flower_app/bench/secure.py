@@ -1,8 +1,9 @@
 """Secure aggregation against the plain round: seconds and bytes per site, and AES's own speed.
 
 Every site takes every step of the protocol, in one process of one thread, whose CPU time counts.
-Flower's messages, of which a secure round has four more per site, are left out. A twentieth of the
-sites drops out before sending.
+Bytes are those of all values that a site is sent or sends for a sum, as a run counts them; Flower's
+messages around them, of which a secure round has four more per site, with the names of their
+fields, are left out. A twentieth of the sites drops out before sending.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from flower_app.bench.output import Outcome, Progress, table
 from models.layout import Layout
 from models.wire import encode
 from privacy.secure import site as steps
-from privacy.secure.intake import Answers
+from privacy.secure.intake import Answers, invited
 from privacy.secure.keys import NodeKey, Pinned
 from privacy.secure.masks import keystream_rate
 from privacy.secure.server import Summation
@@ -52,7 +53,7 @@ class Bench:
         self.pinned = Pinned({name: key.public for name, key in self.keys.items()})
         self.server = Summation(self.terms)
         self.sessions: dict[str, steps.Session] = {}
-        self.mail: Answers = {name: {} for name in self.terms.members}
+        self.mail: Answers = {}
 
     def timed(self, step: str, work: Callable[..., T], *arguments: object) -> T:
         """Run `work` and add its time to that of `step`."""
@@ -82,6 +83,7 @@ class Bench:
     def run(self) -> NDArray[np.float32]:
         """All five steps; the mean that comes out."""
         keys, pinned, held = self.keys, self.pinned, self.sessions
+        self.deliver(invited(self.terms))
         self.step(
             "keys",
             lambda n: steps.advertise(self.terms, n, 100, keys[n]),
@@ -208,8 +210,10 @@ def _text(records: list[dict[str, Any]], sites: int, size: int, rate: float) -> 
             table(columns, rows),
             "",
             f"{sites} sites, {size:,} numbers, one sum, one thread. MB: to a site and back, per\n"
-            f"round (target: at most {TARGET} of plain). ms: CPU time at one site. keys:\n"
-            "advertising, sharing, confirming, opening. AES: what AES-256-CTR takes for the bytes\n"
-            f"of one site's masks, at the {rate / 1e9:.2f} GB/s that it reached here.",
+            "round: the model, the update, and the values of all messages that the sum takes,\n"
+            f"without Flower's framing of them (target: at most {TARGET} of plain). ms: CPU time\n"
+            "at one site. keys: advertising, sharing, confirming, opening. AES: what AES-256-CTR\n"
+            "takes for the bytes of one site's masks, at the "
+            f"{rate / 1e9:.2f} GB/s that it reached here.",
         ]
     )

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pytest
+import torch
 
 from flower_app.bench import encrypted, secure
+from privacy.secure.config import SecureConfig
+from privacy.secure.exchange import Masks
+from privacy.secure.terms import Terms
+from strategies.exchange import Parcel, nbytes
+from tests.privacy.secure_groups import NAMES
+from tests.privacy.test_secure_exchange import LAYOUT, SENT, Sites
 
 
 @pytest.mark.parametrize(("bits", "words"), [(32, 4), (16, 2)])
@@ -13,11 +22,38 @@ def test_bytes_are_those_of_the_wire(bits: int, words: int) -> None:
     assert record["dropped"] == 1
     assert record["bytes_plain"] == 8 * 20_000
     payload = (4 + words) * 20_000
-    # Per site: 64 bytes of keys, shares of 82 bytes and signatures for and from six others.
+    # Per site: terms with all names, 64 bytes of keys, shares of 82 bytes and signatures for and
+    # from six others.
     assert payload + 2000 < record["bytes_secure"] < payload + 8000
     assert record["overhead"] == record["bytes_secure"] / record["bytes_plain"]
     assert all(record[f"{work}_s"] > 0 for work in secure.TIMED)
     assert f"{record['overhead']:.3f}" in secure._text([{"bits": bits, **record}], 7, 20_000, 1e9)
+
+
+def test_bytes_are_all_that_an_exchange_sends_and_gets() -> None:
+    """The first message among them, which names all members."""
+    sites, down, up = Sites(), 0, 0
+
+    def ask(step: str, parcels: Mapping[str, Parcel], timeout: float) -> dict[str, Parcel]:
+        nonlocal down, up
+        answers = sites.ask(step, parcels, timeout)
+        down += sum(map(nbytes, parcels.values()))
+        up += sum(map(nbytes, answers.values()))
+        return answers
+
+    masks = Masks(SecureConfig(aggregation="masks"), LAYOUT, "r", "s", 0, 1e4)
+    with masks.open(1, NAMES, lambda: SENT, ask) as intake:
+        down += sum(map(nbytes, intake.parcels.values()))
+        for name in NAMES[1:]:
+            reply = sites.reply(intake, name)
+            intake.admit(reply)
+            up += reply.nbytes
+        assert intake.close().counted == NAMES[1:]
+    terms = Terms("r", 1, "group 1", NAMES, LAYOUT.digest, LAYOUT.size, 32, 1.0, "s")
+    bench = secure.Bench(terms, torch.zeros(LAYOUT.size))
+    bench.run()
+    assert bench.server.dropped == NAMES[:1]
+    assert (bench.down, bench.up) == (down, up)
 
 
 def test_a_wrong_sum_is_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
