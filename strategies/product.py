@@ -49,7 +49,10 @@ class Structure:
 
 @lru_cache(maxsize=64)
 def structure(layout: Layout) -> Structure:
-    """Pairs of LoRA factors in `layout`, in its order; a factor without a partner is no pair."""
+    """Pairs of LoRA factors in `layout`, in its order; a factor without a partner is no pair.
+
+    Nor are the factors of AdaLoRA, which adds B diag(E) A.
+    """
     starts: dict[str, tuple[int, tuple[int, ...]]] = {}
     at = 0
     for name, shape in zip(layout.names, layout.shapes, strict=True):
@@ -72,8 +75,12 @@ def _pair(name: str, starts: dict[str, tuple[int, tuple[int, ...]]]) -> Pair | N
     kind = next((i for i, part in enumerate(parts) if part in _A), None)
     if kind is None:
         return None
-    partner = ".".join([*parts[:kind], _B[_A.index(parts[kind])], *parts[kind + 1 :]])
-    if partner not in starts:
+
+    def sibling(part: str) -> str:
+        return ".".join([*parts[:kind], part, *parts[kind + 1 :]])
+
+    partner = sibling(_B[_A.index(parts[kind])])
+    if partner not in starts or sibling("lora_E") in starts:
         return None
     (a_start, a_shape), (b_start, b_shape) = starts[name], starts[partner]
     # Convolutions have four dimensions and no such product.

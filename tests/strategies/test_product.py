@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from models.layout import Layout
+from strategies import aggregate
 from strategies.product import stacked, structure, truncated
 
 NAMES = (
@@ -36,13 +37,26 @@ def test_pairs_are_found_wherever_they_stand() -> None:
         (("a.lora_A.weight", "b.lora_B.weight"), ((2, 5), (7, 2))),
         (("a.lora_A.weight", "a.lora_B.weight"), ((2, 5, 1, 1), (7, 2, 1, 1))),
         (("a.weight", "b.weight"), ((2, 5), (7, 2))),
+        (("a.lora_A", "a.lora_B", "a.lora_E"), ((2, 5), (7, 2), (2, 1))),
     ],
 )
 def test_what_is_no_pair_is_left_alone(
     names: tuple[str, ...], shapes: tuple[tuple[int, ...], ...]
 ) -> None:
     found = structure(Layout(names, shapes))
-    assert found.pairs == () and len(found.others) == 2
+    assert found.pairs == () and len(found.others) == len(names)
+
+
+@pytest.mark.parametrize("rule", ["krum", "geometric-median", "centered-clipping", "fltrust"])
+def test_adaloras_factors_stay_as_they_are_where_nobody_trains(rule: str) -> None:
+    """Its change is B diag(E) A: factors cut anew from B A would change it under the same E."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"x.lora_A": (3, 6), "x.lora_B": (5, 3), "x.lora_E": (3, 1)}
+    base = {name: torch.randn(*shape, generator=generator) for name, shape in shapes.items()}
+    still = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    new = aggregate(rule, base, [still] * 5, trusted=still)
+    assert new.keys() == base.keys()
+    assert all(torch.equal(new[name], base[name]) for name in base)
 
 
 @pytest.mark.parametrize("sites", [1, 3, 9])  # 9 * 3 ranks are more than the module has
