@@ -29,7 +29,10 @@ class StrategyConfig(Section):
         5.0, gt=0, description="Robust z-score of a module beyond which `module-screen` acts."
     )
     num_selected: int = Field(
-        0, ge=0, description="Updates that `multi-krum` keeps; 0 keeps all but `num-byzantine`."
+        0,
+        ge=0,
+        description="Updates that `multi-krum` keeps, at most all but `num-byzantine`; 0 keeps as "
+        "many.",
     )
     bucket_size: int = Field(2, ge=1, description="Updates to a bucket of `bucketing`.")
     iterations: int = Field(100, ge=1, description="Weiszfeld steps of `geometric-median`.")

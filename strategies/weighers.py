@@ -66,23 +66,25 @@ def multi_krum(
 ) -> Pre:
     """Mean of the `num_selected` updates that Krum ranks best (Blanchard et al. 2017, section 4).
 
-    `num_byzantine` is f; 0 selects N-f. Sites count alike: their weights are ignored. While at
-    most f of N >= 2f+3 sites lie and no more than N-f are selected, each selected update is within
-    sqrt(N-f-2) times the largest distance between two honest updates of one of them; the paper's
-    own guarantee asks for fewer than N-2f-2. O(N^2 D) time. Raises CohortError for fewer sites.
+    `num_byzantine` is f; 0 selects N-f, and no more may be. Sites count alike: their weights are
+    ignored. While at most f of N >= 2f+3 sites lie, each selected update is within sqrt(N-f-2)
+    times the largest distance between two honest updates of one of them; the paper's own guarantee
+    asks for fewer than N-2f-2. O(N^2 D) time. Raises CohortError for fewer sites.
     """
 
     def lies(count: int, caught: int = 0) -> int:
         return tolerated(count, num_byzantine, 2, 3, caught)
 
     def requires(count: int, caught: int = 0) -> int:
-        f = lies(count, caught)
-        if num_selected > count:
+        most = count - lies(count, caught)
+        # Sites that the gate has set aside are fewer to choose from, as in `tolerated`.
+        if num_selected - caught > most:
             raise CohortError(
-                f"Expected strategy.num-selected={num_selected} to be at most {count}, the number "
-                "of updates; lower it or add sites."
+                f"Expected strategy.num-selected={num_selected} to be at most {most + caught} "
+                f"(n={count} updates, of which strategy.num-byzantine={num_byzantine} may lie); "
+                "lower it or add sites."
             )
-        return num_selected or count - f
+        return min(num_selected or most, most)
 
     def apply(cohort: Cohort) -> Cohort:
         sites = len(cohort.names)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -232,8 +234,32 @@ def test_too_few_sites_say_what_to_do(name: str) -> None:
 
 
 def test_more_selected_than_there_are() -> None:
-    with pytest.raises(CohortError, match=r"num-selected=9 to be at most 8.*lower it"):
-        result(rule("multi-krum", num_selected=9), plain(rows_of("normal", 0, 8)))
+    """Of N updates with f liars among them, N-f at most can all be honest."""
+    cohort = plain(rows_of("normal", 0, 8))
+    wanted = r"num-selected=7 to be at most 6 \(n=8 .*num-byzantine=2 may lie\); lower it"
+    with pytest.raises(CohortError, match=wanted):
+        result(rule("multi-krum", num_selected=7, num_byzantine=2), cohort)
+    with pytest.raises(CohortError, match=wanted):
+        rule("multi-krum", num_selected=7, num_byzantine=2).requires(8)
+    assert rule("multi-krum", num_selected=6, num_byzantine=2).requires(8) == 6
+
+
+@pytest.mark.parametrize("caught", [1, 2])
+def test_fewer_are_selected_where_sites_were_caught(caught: int) -> None:
+    stage = multi_krum(num_byzantine=2, num_selected=8)
+    rows = rows_of("normal", 0, 10 - caught)
+    with pytest.raises(CohortError, match=rf"num-selected=8 to be at most {8 - caught} "):
+        prepared(stage, plain(rows))
+    assert len(prepared(stage, replace(plain(rows), caught=caught)).names) == 8 - caught
+
+
+@given(SEEDS, st.floats(-1e4, 1e4))
+@settings(max_examples=20)
+def test_as_many_as_may_be_selected_have_no_far_liar_among_them(seed: int, lie: float) -> None:
+    rows = rows_of("normal", seed, 9)
+    rows[:2] = 1e5 + lie
+    chosen = prepared(multi_krum(num_byzantine=2, num_selected=7), plain(rows))
+    assert chosen.names == tuple(f"site-{index:03d}" for index in range(2, 9))
 
 
 def test_weights_do_not_make_krum_choose() -> None:
