@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flower_app.config import Config, Value, defaults
+from models.disk import sync
 from models.paths import located
 from models.section import ConfigError
 
@@ -132,7 +133,7 @@ class RunFolder:
         # Whatever a crash tore is a line of its own: its messages were never sent.
         line = "\n" + json.dumps({"kind": kind, "round": round_, "sites": list(sites)})
         _append(self._questions, line.encode())
-        _sync(self._questions)
+        sync(self._questions)
 
     def asked(self) -> list[dict[str, Any]]:
         """What `note` was told since the run began, rounds that were done twice included."""
@@ -154,7 +155,7 @@ class RunFolder:
         tensors |= {f"fold/{key}": value for key, value in checkpoint.fold.items()}
         tensors |= {f"beside/{key}": value for key, value in checkpoint.beside.items()}
         try:
-            _sync(self.metrics)
+            sync(self.metrics)
             pointer = {
                 "round": checkpoint.round,
                 "file": name,
@@ -212,11 +213,11 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         for file in [temporary, *temporary.rglob("*")] if temporary.is_dir() else [temporary]:
-            _sync(file)
+            sync(file)
         if path.is_dir():
             shutil.rmtree(path)
         os.replace(temporary, path)
-        _sync(path.parent)
+        sync(path.parent)
     finally:
         _remove(temporary)
 
@@ -229,14 +230,6 @@ def _append(path: Path, text: bytes) -> None:
         raise CheckpointError(
             f"Expected to write to {str(path)!r}, but: {error}. {_SAFE}"
         ) from error
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove(path: Path) -> None:

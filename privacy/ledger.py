@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from models.disk import make_folder, sync
 from privacy.accounting import spent
 from privacy.events import Event, Unit, of_unit
 
@@ -58,7 +59,7 @@ class Ledger:
         if not events:
             return
         try:
-            _make(self.path.parent)
+            make_folder(self.path.parent)
             with self._locked():
                 past, chain, end = self._read()
                 if check:
@@ -139,7 +140,7 @@ class Ledger:
                 raise
         finally:
             os.close(descriptor)
-        _sync_folder(self.path.parent)
+        sync(self.path.parent)
         self._write_head(count + len(events), chain)
 
     def _write_head(self, count: int, chain: str) -> None:
@@ -149,7 +150,7 @@ class Ledger:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, self._head)
-        _sync_folder(self.path.parent)
+        sync(self.path.parent)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -193,19 +194,3 @@ def _write_at(descriptor: int, text: bytes, offset: int) -> None:
     while text:  # a disk that fills up takes a part
         written = os.pwrite(descriptor, text, offset)
         text, offset = text[written:], offset + written
-
-
-def _make(folder: Path) -> None:
-    """Make a folder that is still there after a loss of power."""
-    if not folder.is_dir():
-        _make(folder.parent)
-        folder.mkdir(exist_ok=True)
-        _sync_folder(folder.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

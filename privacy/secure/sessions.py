@@ -1,8 +1,9 @@
 """Where a site keeps a session between two messages: in a file that is taken once.
 
 In deployment each message has a process of its own, and two of them may run at the same time. So a
-session is taken by renaming its file, which one process wins, and it is on disk before the answer
-leaves: a server that asks twice gets one answer.
+session is taken by renaming its file, which one process wins. That it is taken, kept or destroyed
+is on disk before the answer leaves: a server that asks twice gets one answer, also where the power
+fails between.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import uuid
 from pathlib import Path
 
+from models.disk import make_folder, sync
 from privacy.secure.errors import SecureError
 from privacy.secure.site import Session
 
@@ -41,10 +43,11 @@ class Sessions:
             return Session.loads(mine.read_text(encoding="utf-8"))
         finally:
             mine.unlink(missing_ok=True)
+            sync(self.folder)
 
     def keep(self, session: Session) -> None:
         """Keep a session after a step; raises SecureError where another has begun meanwhile."""
-        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        make_folder(self.folder, 0o700)
         fresh = self.folder / f"{uuid.uuid4().hex}.new"
         handle = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         try:
@@ -60,10 +63,13 @@ class Sessions:
             ) from None
         finally:
             fresh.unlink(missing_ok=True)
+        sync(self.folder)
 
     def clear(self) -> None:
         """Destroy what is there."""
         for left in self.folder.glob("*.*"):
             left.unlink(missing_ok=True)
-        if self.folder.is_dir() and not any(self.folder.iterdir()):
-            self.folder.rmdir()
+        if self.folder.is_dir():
+            sync(self.folder)
+            if not any(self.folder.iterdir()):
+                self.folder.rmdir()

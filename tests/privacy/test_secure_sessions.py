@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from pathlib import Path
 
@@ -71,6 +72,39 @@ def test_a_session_that_begins_ends_the_one_before(tmp_path: Path) -> None:
     place.begin(session())
     place.begin(new)
     assert place.take() == new
+
+
+def test_what_became_of_a_session_is_on_disk_before_an_answer_leaves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names in a folder are as they were when it was last synchronised, once the power is back."""
+    place, fsync = Sessions(tmp_path / "run" / "secure"), os.fsync
+    disk: dict[Path, list[str]] = {}
+
+    def synced(descriptor: int) -> None:
+        fsync(descriptor)
+        for folder in filter(Path.is_dir, [tmp_path, *tmp_path.rglob("*")]):
+            if folder.stat().st_ino == os.fstat(descriptor).st_ino:
+                disk[folder] = sorted(path.name for path in folder.iterdir())
+
+    monkeypatch.setattr(os, "fsync", synced)
+    place.begin(session())
+    assert disk[tmp_path] == ["run"] and disk[tmp_path / "run"] == ["secure"]
+    assert disk[place.folder] == ["session.json"]
+    taken = place.take()
+    assert disk[place.folder] == []
+    place.keep(taken)
+    assert disk[place.folder] == ["session.json"]
+    place.clear()
+    assert disk[place.folder] == []
+    assert place.folder.parent.is_dir() and not place.folder.exists()
+
+
+def test_a_session_is_its_owner_s_alone(tmp_path: Path) -> None:
+    place = Sessions(tmp_path / "run" / "secure")
+    place.begin(session())
+    assert place.folder.stat().st_mode & 0o777 == 0o700
+    assert (place.folder / "session.json").stat().st_mode & 0o777 == 0o600
 
 
 def pem(key: Ed25519PrivateKey | X25519PrivateKey) -> bytes:
