@@ -117,14 +117,17 @@ def _check_factors(config: Config) -> None:
             f"payload.personal={config.payload.personal!r}; leave lora_A and lora_B out of it, or "
             "set strategy.rule='mean'."
         )
-    if _sends_factors(config) and not halves & {"lora_A", "lora_B"}:
+    if _sends_pairs(config):
         strategy = config.strategy
         together.check_factors(rule, registry.split_names(strategy.pre), strategy.server_optimizer)
 
 
-def _sends_factors(config: Config) -> bool:
-    parts = {config.split.head, config.split.tail} if config.payload.kind == "split" else set()
-    return config.payload.kind == "lora" or "lora" in parts
+def _sends_pairs(config: Config) -> bool:
+    """Whether there are pairs of LoRA factors that travel whole."""
+    kind, split_ = config.payload.kind, config.split
+    parts = (split_.head, split_.tail) if kind == "split" else (kind,)
+    own = {entry.strip() for entry in personal(config).split(",")}
+    return "lora" in parts and not own & {"lora_A", "lora_B"} and not _frozen(config)
 
 
 def _check_ditto(config: Config) -> None:
@@ -136,12 +139,8 @@ def _check_ditto(config: Config) -> None:
             f"Expected the whole payload to travel with train.ditto-lambda, got {personal(config)} "
             "personal; set payload.personal='' and another rule, or train.ditto-lambda=0."
         )
-    if config.strategy.rule in ("lora-exact", "lora-stack"):
-        raise ConfigError(
-            f"Expected frozen weights that stay with train.ditto-lambda, got strategy.rule="
-            f"{config.strategy.rule!r}, which changes them under the personal models; set "
-            "strategy.rule='lora-svd', or train.ditto-lambda=0."
-        )
+    if _sends_pairs(config):
+        together.check_personal(config.strategy.rule, registry.split_names(config.strategy.pre))
 
 
 def chain(config: Config, sites: int, charge: Charge) -> Rule:

@@ -159,7 +159,8 @@ class TrainConfig(Section):
         0.0,
         ge=0,
         description="Ditto: above 0 each site also trains a personal model, for as many steps, "
-        "that (lambda / 2) * ||v - w_global||^2 ties to the shared one (Li et al. 2021).",
+        "that (lambda / 2) * ||v - w_global||^2 ties to the shared one (Li et al. 2021). "
+        "With LoRA, rules that average factors go with it, not those that set them anew.",
     )
     score_every: int = Field(
         1,

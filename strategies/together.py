@@ -88,6 +88,17 @@ def _check_weights(names: Sequence[str]) -> None:
         )
 
 
+def check_personal(rule: str, pre: Sequence[str]) -> None:
+    """Refuse what turns LoRA factors anew under personal models near them; raises ConfigError."""
+    if by_products(rule, pre):
+        raise ConfigError(
+            "Expected factors that stay comparable from round to round with train.ditto-lambda, "
+            f"got {'+'.join((*pre, rule))}, which sets them, or the frozen weights, anew in each "
+            "round, so that personal models would be pulled to their turning; set strategy.rule="
+            "'mean' or 'lora-mean' and strategy.pre='', or train.ditto-lambda=0."
+        )
+
+
 def check_factors(rule: str, pre: Sequence[str], server_optimizer: str) -> None:
     """Refuse what does not fit a payload with pairs of LoRA factors; raises ConfigError."""
     if rule in _BY_COORDINATE and judged(pre) and any(name in _MIXING for name in pre):

@@ -6,6 +6,7 @@ import html
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,11 +14,16 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from flower_app import compose
+from flower_app.config import parse
 from flower_app.recorder import read_score
 from flower_app.report import write_report
 from models.section import ConfigError
+from strategies import registry
 from tests.flower_app.nodes import NAMES, Nodes
 from tests.flower_app.runs import bytes_below, rows, simulate
+from tests.strategies.cohorts import result
+from tests.strategies.lora import LORA, lora_cohort, update
 
 PLAIN: dict[str, Any] = {"train__optimizer": "sgd", "train__max_grad_norm": 0.0}
 
@@ -97,7 +103,10 @@ def test_the_personal_score_is_that_of_the_model_in_the_state(nodes: Nodes) -> N
     [
         ({"payload__personal": "lora_B"}, r"whole payload to travel .*got lora_B personal"),
         ({"strategy__rule": "lora-share-a"}, r"got lora_B personal; .*another rule"),
-        ({"strategy__rule": "lora-stack"}, r"frozen weights that stay .*'lora-stack'"),
+        ({"strategy__rule": "lora-stack"}, r"comparable .*got lora-stack, .* frozen weights"),
+        ({"strategy__rule": "lora-svd"}, r"comparable .*got lora-svd, .*'mean' or 'lora-mean'"),
+        ({"strategy__rule": "krum"}, r"got krum, .*pre='', or train\.ditto-lambda=0"),
+        ({"strategy__pre": "nnm"}, r"got nnm\+mean, which sets them"),
     ],
 )
 def test_what_does_not_go_with_ditto_is_refused(
@@ -105,6 +114,28 @@ def test_what_does_not_go_with_ditto_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         simulate(nodes, "runs", train__ditto_lambda=1.0, **keys)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"strategy__rule": "lora-alternate"},
+        {"strategy__rule": "lora-freeze-a"},
+        {"strategy__rule": "trimmed-mean", "strategy__pre": "clip"},
+        {"strategy__rule": "krum", "payload__kind": "ia3"},
+    ],
+)
+def test_rules_that_turn_no_factors_go_with_ditto(nodes: Nodes, keys: dict[str, Any]) -> None:
+    compose.check_names(parse(nodes.flat(train__ditto_lambda=1.0, **keys)))
+
+
+def test_why_rules_that_cut_factors_anew_do_not_go_with_ditto() -> None:
+    """The same product from one round to the next, and factors that are far from what they were."""
+    cohort = lora_cohort(0, 5)
+    still = replace(cohort, rows=[torch.zeros(LORA.size)] * 5)
+    delta = result(registry.RULES["lora-svd"](), still)
+    assert float(update(still, delta).norm()) < 1e-4 < 0.5 * float(cohort.base_D.norm())
+    assert float(delta.norm()) > 0.5 * float(cohort.base_D.norm())
 
 
 def test_a_site_that_lies_about_its_personal_score_spoils_nothing(
