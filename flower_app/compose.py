@@ -37,6 +37,7 @@ from privacy.secure.exchange import Masks
 from strategies import control, registry, together
 from strategies.attacks import registry as attacks
 from strategies.attacks.registry import Attack
+from strategies.attacks.structural import no_pairs
 from strategies.cohort import CohortError
 from strategies.exchange import Exchange, Plain
 from strategies.lora import check_ranks, frozen_factor
@@ -58,6 +59,8 @@ def check_names(config: Config) -> None:
     prompt_maker(config.data.template)
     registry.build(config.strategy)
     poison.check(attack(config).poison, config.data)
+    if attack(config).pairs and not _sends_pairs(config):
+        raise no_pairs(repr(config.attack.name))
     _check_factors(config)
     _check_ditto(config)
     check_privacy(config)

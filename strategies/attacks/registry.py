@@ -27,12 +27,14 @@ class Attack:
 
     `scale` is the strength unless the settings give one, None where the attack has none. A scale
     of 0 means that the attack works it out (`alie`, `scaling`) or does without (`free-rider`).
+    `pairs` is whether it works on pairs of LoRA factors.
     """
 
     poison: Poison = "none"
     forge: Forge = single.own
     spoil: Spoil | None = None
     scale: float | None = None
+    pairs: bool = False
 
     @property
     def rewrites(self) -> bool:
@@ -62,8 +64,8 @@ ATTACKS: Mapping[str, Attack] = MappingProxyType(
         "free-rider": Attack(forge=single.free_rider, scale=0.0),
         "sybil": Attack(poison="label-flip", forge=colluding.sybil),
         "weight-inflation": Attack(poison="label-flip", spoil=malformed.inflated),
-        "gauge-flip": Attack(forge=structural.gauge_flip),
-        "factor-scaling": Attack(forge=structural.factor_scaling, scale=10.0),
+        "gauge-flip": Attack(forge=structural.gauge_flip, pairs=True),
+        "factor-scaling": Attack(forge=structural.factor_scaling, scale=10.0, pairs=True),
         "one-layer": Attack(forge=structural.one_layer),
         **{name: Attack(spoil=fault.spoil) for name, fault in malformed.FAULTS.items()},
     }

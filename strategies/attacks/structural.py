@@ -39,10 +39,7 @@ def factor_scaling(view: View, options: AttackConfig, generator: torch.Generator
 def _with_factors(view: View, turn: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Tensor:
     pairs = structure(view.layout).pairs
     if not pairs:
-        raise ConfigError(
-            "Expected a payload with pairs of LoRA factors for attack.name='gauge-flip' or "
-            "'factor-scaling', got none; set payload.kind='lora' or pick another attack."
-        )
+        raise no_pairs("'gauge-flip' or 'factor-scaling'")
     sent_MD = view.base_D + view.own_MD
     for row_D in sent_MD:
         for pair in pairs:
@@ -50,6 +47,14 @@ def _with_factors(view: View, turn: Callable[[Tensor, Tensor], tuple[Tensor, Ten
             for old, new in zip(factors, turn(*factors), strict=True):
                 old.copy_(new)
     return sent_MD - view.base_D
+
+
+def no_pairs(attack: str) -> ConfigError:
+    """What to say of an attack on pairs of LoRA factors where none travel."""
+    return ConfigError(
+        f"Expected pairs of LoRA factors that travel whole with attack.name={attack}, got none; "
+        "set payload.kind='lora' and a rule that sends both A and B, or pick another attack."
+    )
 
 
 def one_layer(view: View, options: AttackConfig, generator: torch.Generator) -> Tensor:

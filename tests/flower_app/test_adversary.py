@@ -23,6 +23,7 @@ from strategies import messages, registry
 from strategies.attacks.config import AttackConfig
 from strategies.attacks.malformed import FAULTS
 from strategies.attacks.registry import ATTACKS, pick
+from strategies.attacks.view import View
 from strategies.config import StrategyConfig
 from strategies.flower import ComposedStrategy, RoundOutcome, Tamper
 from strategies.messages import SiteOutcome, decode_all, to_record
@@ -219,6 +220,39 @@ def test_attacks_of_a_run_are_composed_by_name() -> None:
         compose.check_names(parse(flat | {"attack.name": "sgin-flip"}))
     with pytest.raises(ConfigError, match=r"data\.format='classification'.*'text'"):
         compose.check_names(parse(flat | {"attack.name": "backdoor"}))
+
+
+@pytest.mark.parametrize("name", [name for name, attack in ATTACKS.items() if attack.pairs])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"payload.kind": "soft-prompt"},
+        {"payload.kind": "adalora"},
+        {"payload.personal": "lora_B"},
+        {"strategy.rule": "lora-freeze-a"},
+        {"strategy.rule": "lora-share-a"},
+    ],
+)
+def test_attacks_on_pairs_are_refused_before_the_run_where_none_travel(
+    name: str, keys: dict[str, Any]
+) -> None:
+    attacked = {**defaults(), "attack.name": name}
+    compose.check_names(parse(attacked))
+    compose.check_names(parse({**attacked, "strategy.rule": "lora-alternate"}))
+    with pytest.raises(ConfigError, match=f"travel whole with attack.name='{name}', got none; set"):
+        compose.check_names(parse({**attacked, **keys}))
+
+
+def test_the_attacks_on_pairs_are_those_that_find_none_in_another_payload() -> None:
+    layout = Layout(("w",), ((3,),))
+    view = View(torch.ones(2, 3), torch.ones(1, 3), torch.zeros(3), layout)
+    for name, attack in ATTACKS.items():
+        options, generator = AttackConfig(name=name), torch.Generator().manual_seed(0)
+        if attack.pairs:
+            with pytest.raises(ConfigError, match="travel whole"):
+                attack.forged(view, options, generator)
+        else:
+            assert attack.forged(view, options, generator).shape == (1, 3)
 
 
 def test_attacks_are_refused_in_a_deployment(
