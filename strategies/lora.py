@@ -30,7 +30,8 @@ _PAIRED = ("lora-mean", "lora-exact", "lora-stack", "lora-svd", "lora-alternate"
 def lora_mean() -> Rule:
     """Weighted means of A and of B, apart, as `mean` does; its product is not the mean of products.
 
-    The usual way (FedIT, Zhang et al. 2024). O(N D) time.
+    The usual way (FedIT, Zhang et al. 2024): A = sum of w A_i, B = sum of w B_i. Breakdown point 0:
+    one site can move it anywhere within the gate's bound. O(N D) time.
     """
 
     def apply(cohort: Cohort) -> Delta:
@@ -43,7 +44,8 @@ def lora_mean() -> Rule:
 def lora_exact() -> Rule:
     """Means of A and of B, and what their product lacks goes into the frozen weights.
 
-    FedEx-LoRA (Singhal et al. 2025): the residual is mean(B A) - mean(B) mean(A). Here it has
+    FedEx-LoRA (Singhal et al. 2025): the residual is mean(B A) - mean(B) mean(A), added to W, so
+    that the model moves by mean(B A). Breakdown point 0, as the mean's. Here the residual has
     (N - 1) R columns of factors: with H an orthonormal basis of what is orthogonal to sqrt(w), it
     is sum_j b_j a_j for b_j = sum_i H_ji sqrt(w_i) B_i and a_j alike. Exact to the rounding of
     float32. O(N^2 D) time, memory of one module of N deltas. A stage before it that judges products
@@ -64,7 +66,8 @@ def lora_exact() -> Rule:
 def lora_stack() -> Rule:
     """The mean of products goes into the frozen weights, and A and B start anew.
 
-    FLoRA (Wang et al. 2024): sum over sites of w B A as N R columns of stacked factors.
+    FLoRA (Wang et al. 2024): W + sum over sites of w B A, as N R columns of stacked factors.
+    Breakdown point 0, as the mean's.
     A is drawn again as PEFT draws it (uniform within 1 / sqrt(I)), B is zero; for embeddings, as
     PEFT has it, A is zero and B normal. O(N D) time, memory of one module of N deltas.
     """
@@ -86,8 +89,9 @@ def lora_stack() -> Rule:
 def lora_freeze_a() -> Rule:
     """Weighted mean of B (and heads), while A stays at its seeded start and does not travel.
 
-    FFA-LoRA (Sun et al. 2024): with one A for all, the mean of B is exact. Where A is in
-    the layout all the same it stays as it is. O(N D) time.
+    FFA-LoRA (Sun et al. 2024): with one A for all, (sum of w B_i) A is the mean of
+    products. Where A is in the layout all the same it stays as it is. Breakdown point 0, as the
+    mean's. O(N D) time.
     """
 
     def apply(cohort: Cohort) -> Delta:
@@ -104,8 +108,8 @@ def lora_freeze_a() -> Rule:
 def lora_alternate() -> Rule:
     """Weighted mean of B in odd rounds and of A in even ones; the other factor stays as it is.
 
-    RoLoRA (Chen et al. 2025): with one factor the same for all, the mean is exact.
-    O(N D) time.
+    RoLoRA (Chen et al. 2025): with one factor the same for all, the product of means is the mean of
+    products. Breakdown point 0, as the mean's. O(N D) time.
     """
 
     def init(size: int) -> State:
@@ -128,7 +132,8 @@ def lora_share_a() -> Rule:
 
     FedSA-LoRA (Guo et al. 2025): what A learns is general, what B learns a site's own. In a run
     the rule makes `lora_B` personal (`payload.personal`), so that B neither travels nor is reset at
-    the sites; where B is in the layout all the same it stays as it is. O(N D) time.
+    the sites; where B is in the layout all the same it stays as it is. Breakdown point 0, as the
+    mean's. O(N D) time.
     """
 
     def apply(cohort: Cohort) -> Delta:

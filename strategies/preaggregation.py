@@ -50,7 +50,9 @@ def bucketing(*, bucket_size: Annotated[int, Field(ge=1)] = 2) -> Pre:
     """Bucketing (Karimireddy et al. 2022, Algorithm 1): means of random buckets of updates.
 
     The ceil(N / bucket_size) means go on as updates of the same weight, drawn anew each round from
-    the run's seed; a rule after it counts buckets, each of which one liar spoils. O(N D) time.
+    the run's seed. Of itself it has breakdown point 0: one liar spoils a bucket, so that the rule
+    after it, whose breakdown point is a share of the buckets, bears as many liars as it bears
+    buckets. O(N D) time.
     """
 
     def requires(count: int) -> int:
