@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from flower_app.split.stream import StreamServer
+from flower_app.split.stream import MOST_BYTES, StreamServer
 from models.base import context, device, find_folder, quiet
 from models.section import ConfigError
 from models.split.cut import Middle
@@ -61,7 +61,9 @@ def _parser() -> argparse.ArgumentParser:
         "--certificate-of", action="append", required=True, metavar="SITE=FILE",
         help="a site that is let in; may be given again",
     )  # fmt: skip
-    serve.add_argument("--most-tokens", type=int, default=0, help="of a text; 0: the context")
+    serve.add_argument(
+        "--most-tokens", type=int, default=0, help="of a text; 0: the context, if it fits"
+    )
     serve.set_defaults(act=_serve)
     return parser
 
@@ -90,8 +92,23 @@ def cuts_of(options: argparse.Namespace, folder: Path, task: str = "causal-lm") 
 
 
 def max_bytes(limits: Limits) -> int:
-    """Largest frame of a stream in which a text travels."""
+    """Largest frame of a stream in which a text travels; raises ConfigError for none that fits."""
+    if limits.most_tokens > (room := _room(limits.hidden_size)):
+        raise ConfigError(
+            f"Expected at most {room} tokens at once, which one message has room for with hidden "
+            f"size {limits.hidden_size}, got {limits.most_tokens}; lower --most-tokens at the "
+            "server, or shorten the --prompt."
+        )
     return limits.most_tokens * limits.hidden_size * 4 + _OVERHEAD
+
+
+def most_tokens(asked: int, context: int | None, hidden_size: int) -> int:
+    """Tokens of a text: as asked for, or (0) as the context has, if one message has room for it."""
+    return asked or min(context or _TOKENS, _room(hidden_size))
+
+
+def _room(hidden_size: int) -> int:
+    return (MOST_BYTES - _OVERHEAD) // (4 * hidden_size)
 
 
 def _cut(options: argparse.Namespace) -> None:
@@ -118,8 +135,9 @@ def _serve(options: argparse.Namespace) -> None:
     )
     middle = parts["middle"].to(device())
     assert isinstance(middle, Middle)
-    most = options.most_tokens or context(middle.model) or _TOKENS
-    limits = Limits(most, middle.model.config.get_text_config().hidden_size, WIRE)
+    hidden, limit = middle.model.config.get_text_config().hidden_size, context(middle.model)
+    most = most_tokens(options.most_tokens, limit, hidden)
+    limits = Limits(most, hidden, WIRE)
     service = MiddleGeneration(middle, digest, limits)
     sites = dict(map(_certificate, options.certificate_of))
     with StreamServer(
@@ -127,9 +145,11 @@ def _serve(options: argparse.Namespace) -> None:
         max_bytes=max_bytes(limits), each=_TEXTS,
     ) as server:  # fmt: skip
         host = options.address.rpartition(":")[0]
+        cut = not options.most_tokens and most < (limit or 0)
+        bound = f", of the model's {limit}, which is what one message has room for" if cut else ""
         print(
             f"Serving the middle to {', '.join(sorted(sites))} at {host}:{server.port}, texts of "
-            f"up to {most} tokens; Ctrl-C ends it.",
+            f"up to {most} tokens{bound}; Ctrl-C ends it.",
             flush=True,
         )
         stop_on_terminate()

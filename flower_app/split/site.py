@@ -11,7 +11,7 @@ from flwr.app import ConfigRecord, RecordDict
 from flwr.common.logger import log
 
 from flower_app.config import Config
-from flower_app.split.stream import exchange
+from flower_app.split.stream import MOST_BYTES, exchange
 from models.payload import Payload
 from models.section import ConfigError
 from models.seeds import derive
@@ -39,8 +39,15 @@ def limits(config: Config, hidden_size: int) -> Limits:
 
 
 def frame_bytes(within: Limits) -> int:
-    """The longest frame: a header, a mask, and values as float32."""
-    return 1024 + within.most_tokens * (1 + token_bytes("fp32", within.hidden_size))
+    """The longest frame: a header, a mask, and values as float32; raises ConfigError."""
+    found = 1024 + within.most_tokens * (1 + token_bytes("fp32", within.hidden_size))
+    if found > MOST_BYTES:
+        raise ConfigError(
+            f"Expected a micro-batch to fit into a message of {MOST_BYTES} bytes, got up to "
+            f"{found}, for {within.most_tokens} tokens of hidden size {within.hidden_size}; lower "
+            "train.batch-size (and raise train.grad-accumulation) or train.max-length."
+        )
+    return found
 
 
 def certificate(config: Config, state: RecordDict) -> ConfigRecord:

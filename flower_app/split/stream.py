@@ -22,6 +22,7 @@ from privacy.tls import HOST, Identity, clash, fingerprint, public_form
 _SERVICE, _METHOD = "florilegium.Split", "Frames"
 _PATH = f"/{_SERVICE}/{_METHOD}"
 _KEEPALIVE_MS = 20_000
+MOST_BYTES = 2**31 - 1  # of a frame: gRPC counts them in 32 bits
 
 Frames = Iterator[bytes]
 # Site and the frames that it sends -> the frames that it is sent.

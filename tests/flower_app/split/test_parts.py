@@ -16,8 +16,12 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flower_app import generate
-from flower_app.split.parts import main
+from flower_app.split.parts import WIRE, main, max_bytes, most_tokens
+from flower_app.split.stream import StreamServer
+from models.section import ConfigError
+from models.split.link import Limits
 from models.split.load import SERVER, SITE, Cuts, digest_of_parts, load_parts
+from privacy.tls import Identity
 from tests.models.split.families import tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -124,6 +128,24 @@ def test_text_by_two_processes_is_that_of_the_whole(
     assert ask(sides, address, "--adapter", adapter, who="stranger") == 2
     assert "UNAVAILABLE" in capfd.readouterr().err
     assert ask(sides, address, "--adapter", adapter, "--max-new-tokens", "500") == 0
+
+
+@pytest.mark.parametrize("hidden", [32, 4096])
+def test_a_long_context_is_cut_to_what_a_message_has_room_for(hidden: int) -> None:
+    assert most_tokens(0, 64, hidden) == 64 and most_tokens(7, 64, hidden) == 7
+    most = most_tokens(0, 2**30, hidden)
+    assert most * hidden * 4 > 0.99 * 2**31
+    own = Identity.fresh()
+    with StreamServer(own, {}, lambda _, frames: frames, max_bytes=max_bytes(limits(most, hidden))):
+        pass
+    for more in (most + 1, 2**30):
+        assert most_tokens(more, None, hidden) == more
+        with pytest.raises(ConfigError, match=f"at most {most} tokens .* got {more}; lower --most"):
+            max_bytes(limits(more, hidden))
+
+
+def limits(tokens: int, hidden: int) -> Limits:
+    return Limits(tokens, hidden, WIRE)
 
 
 def test_what_is_missing_is_named(sides: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from flower_app import generate
 from flower_app.config import parse
-from flower_app.split.site import limits
+from flower_app.split.site import frame_bytes, limits
 from models.section import ConfigError
 from models.split.load import Cuts, write_parts
 from tests.flower_app.nodes import Nodes
@@ -51,6 +51,16 @@ def test_frames_have_room_for_it(nodes: Nodes) -> None:
     plain, longer = (parse(nodes.flat(**keys)) for keys in (SPLIT, PROMPT))
     assert limits(plain, 32).most_tokens == 4 * 32
     assert limits(longer, 32).most_tokens == 4 * (32 + 3)
+
+
+def test_micro_batches_that_no_message_has_room_for_are_refused(nodes: Nodes) -> None:
+    room = parse(nodes.flat(**SPLIT, train__batch_size=16, train__max_length=8190))
+    assert 2**30 < frame_bytes(limits(room, 4096)) < 2**31
+    longer = parse(nodes.flat(**SPLIT, train__batch_size=16, train__max_length=8192))
+    with pytest.raises(ConfigError, match=r"lower train.batch-size .* or train.max-length"):
+        frame_bytes(limits(longer, 4096))
+    with pytest.raises(ConfigError, match=r"lower train.batch-size .* or train.max-length"):
+        simulate(nodes, "longer", SPLIT, train__batch_size=2**22)
 
 
 @pytest.mark.parametrize(
