@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
+from ipaddress import ip_address
 from logging import INFO, WARNING
 from pathlib import Path
 from typing import Any
@@ -176,12 +177,28 @@ def _check_mode(config: Config, members: Mapping[str, Member]) -> None:
             f"Expected data.partition='own' with deployed sites ({', '.join(deployed)}), got "
             f"{config.data.partition!r}; each of them has rows of its own."
         )
+    if deployed and config.payload.kind == "split":
+        _check_address(config, deployed)
     if config.attack.name != "none":
         _check_attack(config, members, deployed)
     if config.run.baselines and _mode(members) == "deployment":
         raise ConfigError(
             "Expected a simulation with run.baselines=true, got deployed sites, whose rows stay "
             "with them; set it to false."
+        )
+
+
+def _check_address(config: Config, deployed: list[str]) -> None:
+    host = config.split.listen.rpartition(":")[0].strip("[]")
+    local = host in ("", "localhost")
+    with suppress(ValueError):  # a name
+        address = ip_address(host)
+        local |= address.is_loopback or address.is_unspecified
+    if local and not config.split.address:
+        raise ConfigError(
+            f"Expected split.address with deployed sites ({', '.join(deployed)}), got none, and no "
+            f"other machine reaches split.listen={config.split.listen!r} by that name; set it to "
+            "where the sites reach the server, such as 'server.example.org:9095'."
         )
 
 

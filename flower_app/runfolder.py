@@ -31,7 +31,9 @@ _FREE = ("resume", "rounds", "deadline-s", "roll-call-s", "quorum", "name", "out
 _SAFE = "The rounds before it are safe: free some space and run again with run.resume='latest'."
 # A run that stopped for want of sites is told to lower one of these.
 _LOWERED = {"strategy.min-sites", "strategy.num-byzantine"}
-_FREE_KEYS = frozenset({f"run.{key}" for key in _FREE} | _LOWERED)
+# Where the middle of a split model is and how long it waits; a new server may be elsewhere.
+_STREAM = {"split.listen", "split.address", "split.wait-s", "split.stall-s"}
+_FREE_KEYS = frozenset({f"run.{key}" for key in _FREE} | _LOWERED | _STREAM)
 
 
 class CheckpointError(OSError):

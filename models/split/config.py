@@ -33,7 +33,7 @@ class SplitConfig(Section):
         "sequential",
         description="How sites share the middle in a round: one after another in the order of "
         "their names, all at once with what they send joined into one batch, or in shares with a "
-        "replica of the middle each; `auto` measures the last two in the first round.",
+        "replica of the middle each; `auto` measures the last two before the first round.",
     )
     replicas: int = Field(
         2, ge=1, description="Replicas of the middle under `hierarchical`, one on each GPU."
@@ -91,7 +91,8 @@ class SplitConfig(Section):
     address: str = Field(
         "",
         description="Address and port at which the sites reach it, such as "
-        "`server.example.org:9095`; empty is that of `listen`.",
+        "`server.example.org:9095`; empty is that of `listen`, which deployed sites "
+        "are not sent to where it means their own machine.",
     )
 
     def check(self) -> None:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from socket import socket
 from typing import Any
 
 import pytest
@@ -42,6 +43,11 @@ def deploy(
     """The same between three deployed sites, with state in `<name>-state`."""
     keys = {"run__output_dir": str(nodes.folder / name)} | dict(settings or {}) | more
     keys |= {"data__partition": "own", "strategy__min_sites": 3}
+    if keys.get("payload__kind") == "split":
+        with socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{free.getsockname()[1]}"
+        keys = {"split__listen": address, "split__address": address} | keys
     state = str(nodes.folder / f"{name}-state")
     configs = [nodes.deployed(site, state_path=state) for site in NAMES]
     grid = nodes.grid(*configs, **keys)

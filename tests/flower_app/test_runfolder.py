@@ -123,6 +123,8 @@ def test_resume_lets_change_what_decides_no_bytes_and_writes_it_down(tmp_path: P
     changes: dict[str, Value] = {
         "run__rounds": 9, "run__deadline_s": 5.0, "run__quorum": 1.0, "run__baselines": True,
         "run__name": "other", "run__tensorboard": True, "run__roll_call_s": 1.0,
+        "split__listen": "0.0.0.0:9", "split__address": "b:9", "split__wait_s": 1.0,
+        "split__stall_s": 1.0,
     }  # fmt: skip
     again, last = resumed(tmp_path, **changes)
     assert again.path == folder.path and same(last, checkpoint(1))
