@@ -12,7 +12,7 @@ from torch import Tensor
 from flower_app.config import Config
 from flower_app.split.sharing import Sharing
 from flower_app.split.site import ADDRESS, CERTIFICATE, KEY_QUERY, MIDDLE, frame_bytes, limits
-from flower_app.split.stream import StreamServer
+from flower_app.split.stream import Incoming, StreamServer
 from models.section import ConfigError
 from models.split.adapter import added, digest_of_tensors, factors, load_factors
 from models.split.base import SplitBase
@@ -20,6 +20,7 @@ from models.split.inbox import Inbox
 from models.split.link import Frames
 from models.split.messages import Kind, Message
 from models.split.middle import MiddleWorker
+from models.split.rounds import Learnt
 from models.split.schedule import Round
 from models.split.step import SplitError
 from privacy.tls import Identity, clash, public_form
@@ -48,6 +49,7 @@ class SplitServer:
         self._limits = limits(config, base.model.config.hidden_size)
         self._scorer = MiddleWorker(base.middle, most=0, precision=config.train.precision)
         self._round: Round | None = None
+        self._number = 0  # of the round
         self._scoring: dict[str, Inbox] = {}  # streams between rounds
         self._free = Lock()  # held while the middle scores, and where rounds begin and end
         self._start: dict[str, Tensor] = {}  # what the replicas of the round began with
@@ -124,7 +126,7 @@ class SplitServer:
             for inbox in self._scoring.values():
                 inbox.close(SplitError(_BEGUN))
             self._scoring.clear()
-            self._round = self._sharing(round_, sites)
+            self._round, self._number = self._sharing(round_, sites), round_
             self._start = self.state()
 
     def absent(self, site: str, why: str) -> None:
@@ -147,9 +149,14 @@ class SplitServer:
             self.restore(mean_of(before, learnt))
             self._middle.eval()
 
-    def _serve(self, site: str, frames: Frames) -> Frames:
+    def _serve(self, site: str, frames: Incoming) -> Frames:
         with self._free:
             current = self._round
+            if current is not None and frames.about != str(self._number):
+                raise SplitError(
+                    f"Expected a stream of round {self._number}, got one of {frames.about!r} by "
+                    f"{site!r}, which comes too late."
+                )
             if current is None:
                 inbox = self._scoring[site] = Inbox(frames)
         yield from current.serve(site, frames) if current else self._scores(site, inbox)
@@ -192,29 +199,28 @@ class SplitServer:
         self._stream.stop()
 
 
-def finite(learnt: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+def finite(learnt: Sequence[Learnt]) -> list[Learnt]:
     """What replicas learnt, but for those that ended with NaN or Inf."""
-    good = [new for new in learnt if all(bool(t.isfinite().all()) for t in new.values())]
+    good = [new for new in learnt if all(bool(t.isfinite().all()) for t in new.tensors.values())]
     if lost := len(learnt) - len(good):
         log(WARNING, "%d of %d replicas of the middle ended with values that are not finite; what "
             "they learnt in this round is left out.", lost, len(learnt))  # fmt: skip
     return good
 
 
-def mean_of(
-    before: Mapping[str, Tensor], learnt: Sequence[Mapping[str, Tensor]]
-) -> dict[str, Tensor]:
+def mean_of(before: Mapping[str, Tensor], learnt: Sequence[Learnt]) -> dict[str, Tensor]:
     """The mean of replicas: of LoRA's products, as near as their rank allows, else of tensors.
 
-    What there was before where nothing is trained, or none has learnt anything.
+    Each weighs as many as sites trained on it. What there was before where nothing is trained, or
+    none has learnt anything.
     """
     if not before or not learnt:
         return dict(before)
     if len(learnt) == 1:
-        return dict(learnt[0])
-    deltas = [{name: new[name] - before[name] for name in before} for new in learnt]
+        return dict(learnt[0].tensors)
+    deltas = [{name: new.tensors[name] - before[name] for name in before} for new in learnt]
     rule = "lora-svd" if any(map(side, before)) else "mean"
-    return aggregate(rule, before, deltas)
+    return aggregate(rule, before, deltas, [new.sites for new in learnt])
 
 
 class SplitExchange(Exchange):

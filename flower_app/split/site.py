@@ -102,6 +102,7 @@ def connected(
         _identity(state),
         str(plan[CERTIFICATE]).encode(),
         max_bytes=frame_bytes(within),
+        about=str(plan["round"]),  # which the server may have ended before the stream is there
         timeout=config.run.deadline_s,
     )
     # Noise of rounding that sites or rounds shared would not average out.

@@ -21,12 +21,27 @@ from privacy.tls import HOST, Identity, clash, fingerprint, public_form
 
 _SERVICE, _METHOD = "florilegium.Split", "Frames"
 _PATH = f"/{_SERVICE}/{_METHOD}"
+_ABOUT = "florilegium-about"  # a key of a stream's metadata
 _KEEPALIVE_MS = 20_000
 MOST_BYTES = 2**31 - 1  # of a frame: gRPC counts them in 32 bits
 
 Frames = Iterator[bytes]
+
+
+class Incoming(Frames):
+    """The frames that a site sends, and what it said that its stream is `about`."""
+
+    def __init__(self, frames: Frames, about: str) -> None:
+        self._frames = frames
+        self.about = about
+
+    def __next__(self) -> bytes:
+        """The next frame."""
+        return next(self._frames)
+
+
 # Site and the frames that it sends -> the frames that it is sent.
-Handler = Callable[[str, Frames], Frames]
+Handler = Callable[[str, Incoming], Frames]
 
 
 def _options(max_bytes: int) -> list[tuple[str, Any]]:
@@ -121,7 +136,8 @@ class StreamServer:
         if oldest is not None:
             oldest.cancel()
         try:
-            yield from self._handler(site, frames)
+            about = dict(context.invocation_metadata()).get(_ABOUT, "")
+            yield from self._handler(site, Incoming(frames, str(about)))
         except Exception as error:
             # Its text may hold anything; the site needs to know that it is over, and no more.
             log(WARNING, "The stream of %s ended: %s", site, error)
@@ -155,17 +171,20 @@ def exchange(
     frames: Frames,
     *,
     max_bytes: int,
+    about: str = "",
     timeout: float | None = None,
 ) -> Frames:
     """Send frames to the server whose certificate (PEM) is `server`; yields what it sends back.
 
-    Raises StreamError when the stream cannot be had, breaks, or outlives `timeout` seconds.
+    The server is told what the stream is `about`. Raises StreamError when it cannot be had, breaks,
+    or outlives `timeout` seconds.
     """
     credentials = grpc.ssl_channel_credentials(server, identity.key, identity.certificate)
     options = [*_options(max_bytes), ("grpc.ssl_target_name_override", HOST)]
     with grpc.secure_channel(address, credentials, options) as channel:
         try:
-            yield from channel.stream_stream(_PATH)(frames, timeout=timeout)
+            call = channel.stream_stream(_PATH)
+            yield from call(frames, timeout=timeout, metadata=((_ABOUT, about),))
         except grpc.RpcError as error:
             code, details = error.code(), str(error.details()).rstrip(".")
             raise StreamError(

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Condition, Lock
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,6 +51,13 @@ class Settings:
     wait_s: float = 60.0
     stall_s: float = 300.0
     seed: int = 0
+
+
+class Learnt(NamedTuple):
+    """What a middle trained, by the names of the whole model's adapter, and with how many sites."""
+
+    tensors: dict[str, Tensor]
+    sites: int
 
 
 class Trainer:
@@ -154,6 +161,7 @@ class Streams(ABC):
         self._silent: dict[str, float] = {}  # since when a site's next frame is waited for
         self._entered: dict[str, float] = {}  # when a site's stream was opened
         self._stepping: dict[str, int] = {}  # micro-batches of the step that a site is in
+        self._stepped: set[str] = set()  # sites that came to the end of a step
         self._slow: dict[str, float] = {}  # seconds that it took for its own part of that step
         self._gone: set[str] = set()
         self._over: SplitError | None = None
@@ -204,14 +212,15 @@ class Streams(ABC):
             inbox.close(SplitError(why))
         self._leave(site, why)
 
-    def finish(self) -> list[dict[str, Tensor]]:
-        """End the round for all; what was trained, by the names of the whole model's adapter."""
+    def finish(self) -> list[Learnt]:
+        """End the round for all; what was trained."""
         with self._changed:
             self._over = SplitError(OVER)
             for site, inbox in self._open.items():  # those at rest have nothing to be told
                 inbox.close(self._over if site in self._stepping else None)
             self._changed.notify_all()
-        return [self._trainer.trained()]
+            sites = len(self._stepped)
+        return [Learnt(self._trainer.trained(), max(sites, 1))]
 
     @abstractmethod
     def _trains(self, site: str, asked: Forward | Backward | None) -> Tensor | None:
@@ -281,6 +290,8 @@ class Streams(ABC):
                 f"Expected all gradients of a step before it, got STEP of {site!r} with {left} "
                 "micro-batches under way."
             )
+        with self._changed:
+            self._stepped.add(site)
         self._trains(site, None)
         with self._changed:
             self._stepping.pop(site, None)

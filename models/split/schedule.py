@@ -14,7 +14,6 @@ from threading import Lock
 from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from models.seeds import derive
 from models.split.adapter import train_only
@@ -22,7 +21,7 @@ from models.split.cut import Middle
 from models.split.joining import Joined
 from models.split.link import Frames
 from models.split.middle import Backward, Forward, MiddleWorker
-from models.split.rounds import Settings
+from models.split.rounds import Learnt, Settings
 from models.split.step import SplitError
 from models.split.turns import Turns
 
@@ -50,8 +49,8 @@ class Round(Protocol):
     def absent(self, site: str, why: str) -> None:
         """Do not wait for a site that will not come, or go on; its stream is ended."""
 
-    def finish(self) -> list[dict[str, Tensor]]:
-        """End the round; what replicas trained, by the names of the whole model's adapter."""
+    def finish(self) -> list[Learnt]:
+        """End the round; what replicas trained."""
 
     def report(self) -> dict[str, float]:
         """Steps, passes, micro-batches joined per pass, share of padding, most graphs at a time."""
@@ -104,10 +103,10 @@ class _Replicas:
     def absent(self, site: str, why: str) -> None:
         self._of[site].absent(site, why)
 
-    def finish(self) -> list[dict[str, Tensor]]:
+    def finish(self) -> list[Learnt]:
         """What each replica trained that took a step; the others have learnt nothing."""
         ended = [(round_, round_.finish()) for round_ in self._rounds]
-        return [tensors for round_, learnt in ended if round_.steps for tensors in learnt]
+        return [each for round_, learnt in ended if round_.steps for each in learnt]
 
     def report(self) -> dict[str, float]:
         reports = [round_.report() for round_ in self._rounds]

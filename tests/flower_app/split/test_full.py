@@ -14,6 +14,7 @@ from flower_app import generate
 from flower_app.split.server import mean_of
 from models.section import ConfigError
 from models.split.load import Cuts, write_parts
+from models.split.rounds import Learnt
 from tests.flower_app.nodes import Nodes
 from tests.flower_app.runs import Killed, bytes_below, deploy, killed_in, rows, run, simulate
 from tests.flower_app.split.test_runs import SPLIT, joined, together
@@ -81,8 +82,13 @@ def test_the_middle_in_full_outlives_a_killed_server(
 
 def test_replicas_in_full_are_averaged() -> None:
     before = {"h.1.mlp.weight": torch.ones(2, 3)}
-    learnt = [{"h.1.mlp.weight": torch.full((2, 3), value)} for value in (0.0, 3.0)]
-    torch.testing.assert_close(mean_of(before, learnt), {"h.1.mlp.weight": torch.full((2, 3), 1.5)})
+    for sites, mean in ((1, 1.5), (2, 1.0)):  # of the first, each of which weighs the same
+        learnt = [
+            Learnt({"h.1.mlp.weight": torch.full((2, 3), value)}, count)
+            for value, count in ((0.0, sites), (3.0, 1))
+        ]
+        found = mean_of(before, learnt)
+        torch.testing.assert_close(found, {"h.1.mlp.weight": torch.full((2, 3), mean)})
 
 
 def test_replicas_of_a_middle_in_full_serve_a_run(nodes: Nodes) -> None:

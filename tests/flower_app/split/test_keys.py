@@ -9,15 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from flwr.app import Message
+from flwr.app import Message, RecordDict
+from torch import Tensor
 
 from flower_app import compose
 from flower_app.config import parse
 from flower_app.node import parse_node
+from flower_app.split.site import certificate, connected
+from flower_app.split.stream import Incoming, StreamError
 from flower_app.worker import Worker
 from models.split.link import FrameLink
 from models.split.messages import Kind
 from models.split.messages import Message as Message_
+from models.split.site import SplitPayload
 from models.split.step import SplitError
 from strategies.flower import RoundError
 from tests.fakes import Answer
@@ -151,6 +155,31 @@ def test_sites_and_rounds_round_gradients_by_draws_of_their_own(
     assert len(set(training)) == 6 and seeds[: len(seeds) // 2] == seeds[len(seeds) // 2 :]
 
 
+def test_a_stream_that_comes_after_its_round_is_not_let_into_the_next(nodes: Nodes) -> None:
+    config = parse(nodes.flat(**SPLIT))
+    base = compose.load_base(config)
+    payload = compose.attach(config, base)
+    server = compose.split_server(config, base, 3, "")
+    assert server is not None and isinstance(payload, SplitPayload)
+    state = RecordDict()
+    public = bytes(certificate(config, state)["certificate"])
+
+    def score(round_: int) -> Tensor:
+        plan = server.plan | {"round": round_}
+        source = compose.noise_source(config, "split", "north", round_, "training")
+        with connected(config, payload, plan, state, source, "north") as link:
+            assert link is not None
+            asked = link.score(1, torch.ones(1, 3, 32), torch.ones(1, 3).long())
+            return asked.result(timeout=20)
+
+    with server:
+        assert not server.admit(["north"], lambda *_: {"north": {"certificate": public}})
+        server.begin(2, ["north"])
+        with pytest.raises(StreamError, match="The server ended the stream"):
+            score(1)
+        assert score(2).shape == (1, 3, 32)
+
+
 def test_scores_between_rounds_end_with_a_pause_or_with_the_next_round(nodes: Nodes) -> None:
     config = parse(nodes.flat(**SPLIT, split__stall_s=0.2))
     base = compose.load_base(config)
@@ -160,13 +189,13 @@ def test_scores_between_rounds_end_with_a_pause_or_with_the_next_round(nodes: No
     asked: SimpleQueue[bytes | None] = SimpleQueue()
     frame = Message_(Kind.SCORE, 1, torch.ones(1, 3, 32), torch.ones(1, 3).long()).encode("fp32")
     with server:
-        silent = server._serve("east", iter(asked.get, None))
+        silent = server._serve("east", Incoming(iter(asked.get, None), "0"))
         asked.put(frame)
         assert next(silent)
         with pytest.raises(SplitError, match=r"a word within split.stall-s=0.2"):
             next(silent)
         asked = SimpleQueue()
-        left_over = server._serve("east", iter(asked.get, None))
+        left_over = server._serve("east", Incoming(iter(asked.get, None), "0"))
         asked.put(frame)
         assert next(left_over)
         server.begin(1, ["north"])

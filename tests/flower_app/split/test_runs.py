@@ -32,6 +32,7 @@ from models.payload import Payload
 from models.section import ConfigError
 from models.split.generate import load_for_text
 from models.split.load import SERVER, SITE, Cuts, PartName, write_parts
+from models.split.rounds import Learnt
 from tests.fakes import Answer, FakeGrid
 from tests.flower_app.nodes import NAMES, Nodes
 from tests.flower_app.runs import Killed, bytes_below, deploy, killed_in, rows, run, simulate
@@ -159,6 +160,13 @@ def test_each_side_needs_its_own_folder_only(nodes: Nodes, monkeypatch: pytest.M
     assert bytes_below(apart / "adapter") == bytes_below(whole / "adapter")
 
 
+@pytest.mark.parametrize("listen", ["0.0.0.0:9095", "[::]:9095", "localhost:9095", "127.0.0.1:0"])
+def test_deployed_sites_are_not_sent_to_their_own_machine(nodes: Nodes, listen: str) -> None:
+    keys = SPLIT | {"split__listen": listen, "split__address": ""}
+    with pytest.raises(ConfigError, match=r"Expected split.address with deployed sites .* set it"):
+        deploy(nodes, "run", keys)
+
+
 def test_a_killed_server_goes_on_as_if_nothing_had_been(
     nodes: Nodes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -263,10 +271,10 @@ def test_replicas_that_train_nothing_go_on_round_after_round(nodes: Nodes) -> No
 
 
 def test_a_middle_that_is_not_finite_is_not_kept() -> None:
-    good, bad = {"w": torch.ones(2)}, {"w": torch.tensor([1.0, torch.nan])}
-    assert finite([good, bad, {"w": torch.full((2,), torch.inf)}]) == [good]
+    good, bad = Learnt({"w": torch.ones(2)}, 3), Learnt({"w": torch.tensor([1.0, torch.nan])}, 1)
+    assert finite([good, bad, Learnt({"w": torch.full((2,), torch.inf)}, 1)]) == [good]
     before = {"a.lora_A.weight": torch.ones(2, 3)}
-    assert mean_of(before, []) == before and mean_of({}, [{}, {}]) == {}
+    assert mean_of(before, []) == before and mean_of({}, [Learnt({}, 1)] * 2) == {}
 
 
 def test_nobody_waits_for_a_site_that_says_it_cannot() -> None:

@@ -62,7 +62,8 @@ def test_huge_values_fail_their_own_site_alone(
     with pytest.raises(SplitError, match=r"Expected .* of 'ann' .* NaN or Inf"):
         ann.result(timeout=20)
     bob.result(timeout=20)
-    (learnt,) = round_.finish()
+    ((learnt, sites),) = round_.finish()
+    assert sites == 1
     assert learnt and all(bool(tensor.isfinite().all()) for tensor in learnt.values())
     assert set(round_.dropped) == {"ann"} and round_.steps == 2
 

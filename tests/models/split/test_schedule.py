@@ -64,7 +64,7 @@ def trained(
 
     found = dict(zip(order, in_threads([partial(run, at) for at in order]), strict=True))
     losses = [found[at].result(timeout=60) for at in range(len(names))]
-    return round_.finish(), losses, round_
+    return [each.tensors for each in round_.finish()], losses, round_
 
 
 def same(first: dict[str, Tensor], second: dict[str, Tensor], within: float = 0.0) -> None:
@@ -133,7 +133,7 @@ def test_turns_go_by_name_and_start_fresh(config: TrainConfig) -> None:
             site = train_over(link, copy.deepcopy(parts), stream("llama", at), config=config)
         assert site.loss == losses[at]
         (expected,) = alone.finish()
-    same(found, expected)
+    same(found, expected.tensors)
     assert round_.steps == 9 and not round_.dropped
 
 
@@ -197,6 +197,24 @@ def test_replicas_share_the_sites_in_turn() -> None:
     same(single[0], alone[0])
 
 
+@pytest.mark.parametrize(
+    ("names", "sites"), [("ann bob cid", [2, 1]), ("ann bob", [1, 1]), ("ann cid", [2])]
+)
+def test_a_replica_says_how_many_sites_trained_on_it(names: str, sites: list[int]) -> None:
+    parts = model()
+    round_ = hierarchical(middles(parts, 2), NAMES, settings())
+    for name in set(NAMES) - set(names.split()):
+        round_.absent(name, "it is not there")
+
+    def run(name: str) -> None:
+        with linked(round_, name) as link:
+            train_over(link, copy.deepcopy(parts), stream("llama", 0))
+
+    for done in in_threads([partial(run, name) for name in names.split()]):
+        done.result(timeout=60)
+    assert [each.sites for each in round_.finish()] == sites
+
+
 def test_replicas_without_gpus_are_those_of_separate_rounds() -> None:
     parts = model()
     found, losses, _ = trained(hierarchical, parts, replicas=3)
@@ -205,7 +223,7 @@ def test_replicas_without_gpus_are_those_of_separate_rounds() -> None:
         with linked(alone, name) as link:
             site = train_over(link, copy.deepcopy(parts), stream("llama", at))
         assert site.loss == losses[at]
-        same(found[at], alone.finish()[0])
+        same(found[at], alone.finish()[0].tensors)
 
 
 def test_dropout_repeats_with_the_seed_in_all_replicas() -> None:
@@ -239,7 +257,7 @@ def test_only_what_is_asked_for_is_trained(tmp_path: Any) -> None:
             behind = link.forward(1, *question()).result(timeout=20)
             link.backward(1, torch.ones_like(behind)).result(timeout=20)
             link.step(1).result(timeout=20)
-        (tensors,) = round_.finish()
+        ((tensors, _),) = round_.finish()
         assert len(tensors) == count and all("lora_" in name for name in tensors)
         moved = [name for name, t in tensors.items() if "lora_B" in name and bool(t.any())]
         assert len(moved) == count // 2
