@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,7 +22,8 @@ from models.paths import located
 from models.section import ConfigError
 
 # Everything in a model folder that decides what the model computes or how text becomes tokens.
-_DECISIVE = ("config.json", "*.safetensors", "tokenizer*", "vocab*", "merges.txt", "*.model")
+_TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "*.model")
+_DECISIVE = ("config.json", "*.safetensors", *_TOKENIZER)
 
 # How a name starts that can only be a path, and so means nothing on another machine.
 PATHLIKE = (".", "/", "~", "$")
@@ -118,11 +119,23 @@ def _from_hub(name: str) -> Path:
 
 def digest_of(folder: Path, *, weights: bool = True) -> str:
     """SHA-256 over the decisive files of a model folder; without weights when they are drawn."""
-    files = sorted({path for pattern in _DECISIVE for path in folder.glob(pattern)})
+    drawn = () if weights else (".safetensors",)
+    return _digest_of([path for path in _matching(folder, _DECISIVE) if path.suffix not in drawn])
+
+
+def digest_of_tokenizer(folder: Path) -> str:
+    """SHA-256 over the files of a folder that decide how text becomes tokens; empty for none."""
+    files = _matching(folder, _TOKENIZER)
+    return _digest_of(files) if files else ""
+
+
+def _matching(folder: Path, patterns: Sequence[str]) -> list[Path]:
+    return sorted({path for pattern in patterns for path in folder.glob(pattern)})
+
+
+def _digest_of(files: Sequence[Path]) -> str:
     total = hashlib.sha256()
     for path in files:
-        if path.suffix == ".safetensors" and not weights:
-            continue
         with path.open("rb") as file:
             content = hashlib.file_digest(file, "sha256").hexdigest()
         total.update(f"{path.name}:{content};".encode())

@@ -70,7 +70,9 @@ def load(
     """
     with _LOADING:
         site = "head" in wanted
-        folder = find_folder(path or model.name, tokenizer=site)
+        folder = find_folder(path or model.name, tokenizer=False)
+        if site or read_record(folder) is None:  # whose digest the sites' must equal
+            find_folder(path or model.name)
         quiet()
         check_parity(folder, model.task)
         if not site and (why := _starts_from(split, payload)):

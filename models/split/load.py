@@ -22,7 +22,7 @@ from pydantic import Field, ValidationError
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
-from models.base import seeded
+from models.base import digest_of_tokenizer, seeded
 from models.config import PayloadConfig
 from models.section import ConfigError, Section
 from models.split.adapter import adapt, before_adapting, new_heads, start
@@ -51,12 +51,16 @@ class Cuts:
 
 
 class Record(Section):
-    """What `parts.json` says of a folder of parts: the cut, and the SHA-256 of every part."""
+    """What `parts.json` says of a folder of parts: the cut, and the SHA-256 of every part.
+
+    That of the tokenizer's files too, which are at the site alone.
+    """
 
     head_blocks: int = Field(ge=1)
     tail_blocks: int = Field(ge=1)
     task: Task
     sha256: dict[PartName, str]
+    tokenizer: str
 
     @property
     def cuts(self) -> Cuts:
@@ -178,9 +182,9 @@ def write_parts(folder: Path, out: Path, cuts: Cuts) -> dict[str, Path]:
 
 
 def digest_of_parts(folder: Path, cuts: Cuts) -> str:
-    """SHA-256 of a model and its cut: one for the whole folder, the site's and the server's.
+    """SHA-256 of a model, tokenizer and cut: one for the whole folder, the site's, the server's.
 
-    Parts that the folder holds are read, tensor by tensor; those that it lacks are taken from its
+    What the folder holds is read, parts tensor by tensor; what it lacks is taken from its
     `parts.json`. Raises ConfigError for a folder that was cut elsewhere, that lacks a part and
     `parts.json`, and whose tensors are not those that were cut.
     """
@@ -209,7 +213,7 @@ def read_record(folder: Path) -> Record | None:
     except ValidationError as error:
         raise ConfigError(
             f"Expected {RECORD} as ./scripts/split cut writes it in {str(folder)!r}, got: "
-            f"{error.errors()[0]['msg']}; copy the folder again."
+            f"{error.errors()[0]['msg']}; copy the folder again, or cut the model again."
         ) from None
 
 
@@ -232,11 +236,19 @@ def _record(
                 f"{RECORD} says; copy the folder again."
             )
         sums[name] = found
+    # Rows of ids that mean other words elsewhere would train without an error.
+    tokenizer = digest_of_tokenizer(folder)
+    if known and tokenizer not in ("", known.tokenizer):
+        raise ConfigError(
+            f"Expected the tokenizer in {str(folder)!r} as the model was cut with, got other files "
+            f"than {RECORD} says; copy the folder again, or cut the model again with this one."
+        )
     return Record(
         head_blocks=cuts.head_blocks,
         tail_blocks=cuts.tail_blocks,
         task=cuts.task,
         sha256=sums,
+        tokenizer=tokenizer or (known.tokenizer if known else ""),
     )
 
 

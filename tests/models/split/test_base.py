@@ -14,10 +14,11 @@ import torch
 from torch import nn
 
 from models.config import ModelConfig, PayloadConfig
+from models.section import ConfigError
 from models.split import load as loading
 from models.split.base import SplitBase, load
 from models.split.config import SplitConfig
-from models.split.load import SITE
+from models.split.load import SERVER, SITE, Cuts, write_parts
 from tests.models.split.families import tiny
 
 
@@ -46,3 +47,19 @@ def test_threads_of_a_process_load_one_after_another(
     for tensors in found:
         assert tensors.keys() == alone.keys()
         assert all(torch.equal(tensor, alone[name]) for name, tensor in tensors.items())
+
+
+def test_a_server_that_has_the_whole_folder_has_its_tokenizer(
+    tmp_path: Path, tiny_tokenizer: Any
+) -> None:
+    whole = tmp_path / "whole"
+    tiny("gpt2", vocab_size=len(tiny_tokenizer)).save_pretrained(whole)
+
+    def server(folder: Path) -> SplitBase:
+        return load(ModelConfig(name=str(folder)), PayloadConfig(), SplitConfig(), SERVER)
+
+    with pytest.raises(ConfigError, match="Expected a tokenizer in the model folder"):
+        server(whole)  # its digest would be no site's
+    tiny_tokenizer.save_pretrained(whole)
+    parts = write_parts(whole, tmp_path, Cuts())
+    assert server(parts["server"]).digest == server(whole).digest

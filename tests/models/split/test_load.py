@@ -152,6 +152,25 @@ def test_another_model_or_cut_has_another_digest(tmp_path: Path) -> None:
     assert len(set(found)) == 3  # the second and third are the same
 
 
+def test_another_tokenizer_has_another_digest_and_is_refused_in_parts(tmp_path: Path) -> None:
+    whole, other = tmp_path / "whole", tmp_path / "other"
+    for folder, words in ((whole, b"a b"), (other, b"b a")):
+        tiny("llama").save_pretrained(folder)
+        (folder / "tokenizer.json").write_bytes(words)
+    assert digest_of_parts(whole, CUTS) != digest_of_parts(other, CUTS)
+    places = write_parts(whole, tmp_path / "parts", CUTS)
+    assert not (places["server"] / "tokenizer.json").exists()
+    found = {digest_of_parts(folder, CUTS) for folder in places.values()}
+    assert found == {digest_of_parts(whole, CUTS)}
+    for name in ("tokenizer.json", "vocab.txt"):  # changed, and added
+        (places["site"] / name).write_bytes(b"b a")
+        with pytest.raises(
+            ConfigError, match=r"Expected the tokenizer in .*site' as the model was"
+        ):
+            digest_of_parts(places["site"], CUTS)
+        (places["site"] / "tokenizer.json").write_bytes(b"a b")
+
+
 def test_parts_that_were_changed_are_refused(tmp_path: Path) -> None:
     tiny("llama", tie_word_embeddings=False).save_pretrained(tmp_path)
     places = write_parts(tmp_path, tmp_path / "parts", CUTS)
