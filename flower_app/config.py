@@ -134,6 +134,18 @@ def parse(flat: Mapping[str, Value]) -> Config:
     problems += _contradictions(config)
     if problems:
         raise ConfigError("\n".join(problems))
+    return _resolved(config)
+
+
+def _resolved(config: Config) -> Config:
+    """The config with `auto` decided where another section decides it.
+
+    Products in bfloat16 round by the shape of the batch, so that a record moves the gradients of
+    others, which no clipping bounds.
+    """
+    if config.privacy.unit == "record" and config.train.precision == "auto":
+        exact = config.train.model_copy(update={"precision": "float32"})
+        return config.model_copy(update={"train": exact})
     return config
 
 

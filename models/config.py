@@ -140,7 +140,7 @@ class TrainConfig(Section):
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
         description="Arithmetic of the forward pass; `auto` is bfloat16 autocast on hardware "
-        "that computes in it, else float32.",
+        'that computes in it, else float32, which it is everywhere with `privacy.unit = "record"`.',
     )
     max_grad_norm: float = Field(
         1.0, ge=0, description="Clip each step's gradient to this norm; 0 does not clip."

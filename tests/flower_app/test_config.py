@@ -260,6 +260,8 @@ def configs(draw: st.DrawFn) -> dict[str, Value]:
 @given(configs())
 def test_flat_then_parse_is_the_same_config(flat: dict[str, Value]) -> None:
     config = parse(flat)
+    if flat["privacy.unit"] == "record" and flat["train.precision"] == "auto":
+        flat |= {"train.precision": "float32"}  # below it, records move each other's gradients
     assert config.flat() == flat
     assert parse(config.flat()) == config
     # And by way of the config.toml of a run folder.

@@ -201,8 +201,22 @@ def test_dropout_does_not_disturb_the_check(payload_of: Payloads) -> None:
 
 
 @pytest.mark.parametrize("kind", ["lora", "soft-prompt", "full"])
-def test_low_precision_is_exact_but_for_its_rounding(payload_of: Payloads, kind: str) -> None:
-    assert choose(payload_of(kind), "auto", "causal-lm", "bfloat16") == "ghost"
+def test_in_low_precision_every_record_is_alone(payload_of: Payloads, kind: str) -> None:
+    """In a batch its rounding would move the gradients of others."""
+    payload = payload_of(kind)
+    assert choose(payload, "auto", "causal-lm", "bfloat16") == "microbatch"
+    for method in ("ghost", "hooks"):
+        with pytest.raises(ConfigError, match=rf"{method}: .*train\.precision='float32'"):
+            choose(payload, method, "causal-lm", "bfloat16")
+
+
+def test_a_base_model_in_few_bits_takes_every_record_alone(payload_of: Payloads) -> None:
+    payload = payload_of("lora")
+    trained = payload.parameters.values()
+    for parameter in payload.module.parameters():
+        if not any(parameter is one for one in trained):
+            parameter.data = parameter.data.bfloat16()
+    assert choose(payload, "auto", "causal-lm", "float32") == "microbatch"
 
 
 def test_recomputed_activations_are_counted_once(payload_of: Payloads) -> None:
