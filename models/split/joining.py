@@ -126,11 +126,14 @@ class Joined(Streams):
         self, work: Callable[[MiddleWorker, list[Asked]], Sequence[Answer]], asked: Sequence[Asked]
     ) -> dict[str, Answer]:
         """Answers by site, or the reason why there is none."""
+
+        def passed(worker: MiddleWorker) -> dict[str, Answer]:
+            # Whoever left since then has no graphs any more; none may be made for it either.
+            there = [one for one in asked if one.site not in self._gone]
+            return dict(zip((one.site for one in there), work(worker, there), strict=True))
+
         try:
-            with self._trainer.alone() as worker:
-                # Whoever left since then has no graphs any more; none may be made for it either.
-                there = [one for one in asked if one.site not in self._gone]
-                found = dict(zip((one.site for one in there), work(worker, there), strict=True))
+            found = self._trainer.alone(passed)
         except Exception as error:  # raised again in the thread of each of them
             return {one.site: error for one in asked}
         return found | {one.site: SplitError(_LEFT) for one in asked if one.site not in found}

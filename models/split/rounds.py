@@ -9,11 +9,11 @@ from __future__ import annotations
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from threading import Condition, Lock
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ from models.split.step import SplitError
 from models.train import optimizer_of
 
 _LOG = logging.getLogger(__name__)
+T = TypeVar("T")
 OVER = "Expected questions before the end of the round; it is over."
 
 
@@ -61,7 +62,11 @@ class Learnt(NamedTuple):
 
 
 class Trainer:
-    """A middle with its optimiser and its graphs, for one thread at a time."""
+    """A middle with its optimiser and its graphs, used by one at a time.
+
+    All passes are computed in one thread: each thread has memory of its own for what a pass leaves
+    behind, and the streams' threads together would have as many times as much.
+    """
 
     def __init__(self, middle: Middle, settings: Settings, drawing: Lock | None = None) -> None:
         train_only(middle, settings.trains)
@@ -75,17 +80,17 @@ class Trainer:
         )  # fmt: skip
         self._trained = [p for p in middle.parameters() if p.requires_grad]
         self._lock = Lock()
+        self._thread = ThreadPoolExecutor(1, "middle")
         self._optimizer: torch.optim.Optimizer | None = None
         self._over = False
         self.steps = 0
         self.fresh()
 
-    @contextmanager
-    def alone(self) -> Iterator[MiddleWorker]:
-        """Hold the middle while it computes."""
+    def alone(self, work: Callable[[MiddleWorker], T]) -> T:
+        """What `work` gives, which has the middle for itself meanwhile; raises what it raises."""
         with self._lock:
             self._check()
-            yield self.worker
+            return self._thread.submit(work, self.worker).result()
 
     def fresh(self) -> None:
         """Start a new optimiser, and drop gradients of a step that was not taken."""
@@ -127,6 +132,7 @@ class Trainer:
         """Copies of what was trained, by the names of the whole model's adapter."""
         with self._lock:
             self._over = True  # what is still to be computed must not change the weights any more
+            self._thread.shutdown()
             self._drop_gradients()
             return factors(self._middle)
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from models.split.cut import Middle
-from models.split.middle import Backward, Forward, value
+from models.split.middle import Backward, Forward, MiddleWorker, value
 from models.split.rounds import Settings, Streams
 
 
@@ -34,11 +34,14 @@ class Turns(Streams):
             with self._changed:
                 self._since = time.monotonic()
             return None
-        with self._trainer.alone() as worker:
+
+        def computed(worker: MiddleWorker) -> Tensor:
             self._go_on(site)
             if isinstance(asked, Forward):
                 return value(worker.forward_all([asked])[0])
             return value(worker.backward_all([asked])[0])
+
+        return self._trainer.alone(computed)
 
     def _take_turn(self, site: str) -> None:
         with self._changed:

@@ -309,7 +309,7 @@ def test_nothing_is_trained_after_the_end() -> None:
         round_ = schedule([parts.middle], ["ann"], settings())
         (learnt,) = round_.finish()
         trainer = round_._trainer  # type: ignore[attr-defined]
-        for late in (lambda trainer=trainer: trainer.step(1), trainer.alone().__enter__):
+        for late in (partial(trainer.step, 1), partial(trainer.alone, len)):
             with pytest.raises(SplitError, match="before the end of the round"):
                 late()
         assert round_.steps == 0 and learnt

@@ -6,7 +6,7 @@ import copy
 import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
-from threading import Lock
+from threading import Lock, get_ident
 from typing import Any
 
 import pytest
@@ -339,3 +339,23 @@ def test_questions_out_of_order_end_the_stream(ask: Callable[..., Any], message:
                 ask(link).result(timeout=20)
         assert message.split("\\", maxsplit=1)[0] in round_.dropped["ann"] or "shape" in message
         assert len(round_._trainer.worker) == 0  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("way", "replicas"), [(sequential, 1), (client_batch, 1), (hierarchical, 2)]
+)
+def test_each_middle_is_computed_in_one_thread(
+    way: Callable[..., Round], replicas: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What passes leave behind would lie in the memory of every stream's thread else."""
+    seen: dict[MiddleWorker, set[int]] = {}
+    for name in ("_forward", "_backward"):
+        real = getattr(MiddleWorker, name)
+
+        def computed(worker: MiddleWorker, *given: Any, real: Any = real) -> Any:
+            seen.setdefault(worker, set()).add(get_ident())
+            return real(worker, *given)
+
+        monkeypatch.setattr(MiddleWorker, name, computed)
+    trained(way, model(), replicas=replicas)
+    assert [len(threads) for threads in seen.values()] == [1] * replicas
