@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from opacus.grad_sample.functorch import ft_compute_per_sample_gradient
+from opacus.grad_sample.functorch import ft_compute_per_sample_gradient, prepare_layer
 from opacus.grad_sample.grad_sample_module import GradSampleHooks
 from torch import Tensor, nn
 
@@ -70,6 +70,10 @@ class Ghost:
             for module in payload.module.modules()
             if any(id(p) in self._names for p in module.parameters(recurse=False))
         ]
+        for module in self._prepared:
+            # Opacus copies the module, and with a hook on it the whole model.
+            if _left_to_opacus(module) and type(module) not in GradSampleHooks.GRAD_SAMPLERS:
+                prepare_layer(module)
         self._handles = [
             module.register_forward_hook(self._record, with_kwargs=True)
             for module in self._prepared
@@ -156,6 +160,10 @@ def _uses_of(module: nn.Module, given: Tensor, slope: Tensor) -> list[tuple[nn.P
     sampler = GradSampleHooks.GRAD_SAMPLERS.get(type(module), ft_compute_per_sample_gradient)
     samples = sampler(module, [given], slope)
     return [(parameter, sample.float()) for parameter, sample in samples.items()]
+
+
+def _left_to_opacus(module: nn.Module) -> bool:
+    return not (isinstance(module, nn.Embedding | nn.Linear) or _transposed(module))
 
 
 def _transposed(module: nn.Module) -> bool:

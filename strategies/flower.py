@@ -140,6 +140,7 @@ class ComposedStrategy(Strategy):
         self._asked: dict[int, str] = {}
         self._unready: Mapping[str, str] = {}
         self._present = 0
+        self._started = 0.0
 
     def restore(self, done: int, state: State, fold: Mapping[str, Tensor] | None = None) -> None:
         """Go on after round `done` with the chain's state and the fold of that moment."""
@@ -160,6 +161,7 @@ class ComposedStrategy(Strategy):
     ) -> Iterable[Message]:
         """Draw the round's sites by name and address each with the payload and the plan."""
         members = self._members(grid, server_round - 1)
+        self._started = time.monotonic()
         try:
             names = self._selection.draw(members, server_round)
             self._asked = {members[name]: name for name in names}
@@ -221,7 +223,6 @@ class ComposedStrategy(Strategy):
 
         Raises RoundError when fewer sites than the quorum, or than the rule needs, answered well.
         """
-        started = time.monotonic()
         assert self._intake is not None  # configure_train opened it
         with self._intake as intake:
             if self._tamper:
@@ -251,7 +252,7 @@ class ComposedStrategy(Strategy):
                 payload,
                 self._state,
                 self._traffic.added(outcomes),
-                now - started,
+                now - self._started,
                 now - received,
                 update_norm,
                 gap,

@@ -15,6 +15,7 @@ from flower_app.bench import (
     memory,
     packing,
     secure,
+    secure_rounds,
     simulation,
     split,
     split_memory,
@@ -28,6 +29,7 @@ BENCHMARKS: Mapping[str, Callable[[bool], Outcome]] = {
     "split-memory": split_memory.measure,
     "aggregation": aggregation.measure,
     "secure-aggregation": secure.measure,
+    "secure-rounds": secure_rounds.measure,
     "dp": dp.measure,
     "split": split.measure,
 }

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from typing import Any
 import torch
 
 from flower_app.bench.bases import LARGE, Shape, save_base
+from flower_app.bench.memory import forget_peak, peak_bytes
 from flower_app.bench.output import Outcome, Progress, table
 from models import base, payload
 from models.batches import Batches
@@ -147,20 +147,10 @@ def peak(case: Case, way: str) -> int:
     """Bytes by which one step on a whole batch raises the peak of this process."""
     torch.set_num_threads(1)
     attached, examples = _prepare(case)
-    before = _resident()
+    forget_peak()
+    before = peak_bytes()
     _train(way, attached, examples[:BATCH] * (ROWS // BATCH), 3)
-    return max(_peak() - before, 1)
-
-
-def _resident() -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmRSS"):
-            return int(line.split()[1]) * 1024
-    return _peak()
-
-
-def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return max(peak_bytes() - before, 1)
 
 
 def _text(results: Sequence[dict[str, Any]]) -> str:

@@ -166,7 +166,7 @@ def _federated(config: Mapping[str, Value], home: Path) -> Measured:
     log = home / f"{output.name}.log"
     with process(command, home, log) as child:
         stamps = _watch(child, output)
-    rows = _rows(output)
+    rows = metrics(output)
     rounds = [row for row in rows if row["kind"] == "round"]
     if len(rounds) != config["run.rounds"] or len(stamps) != len(rounds):
         end = log.read_text(encoding="utf-8", errors="replace")[-2000:]
@@ -193,17 +193,17 @@ def _watch(child: subprocess.Popen[bytes], output: Path) -> list[float]:
     stamps: list[float] = []
     size = 0
     while child.poll() is None:
-        for metrics in output.glob("2*/metrics.jsonl"):
-            if metrics.stat().st_size != size:
-                size = metrics.stat().st_size
+        for file in output.glob("2*/metrics.jsonl"):
+            if file.stat().st_size != size:
+                size = file.stat().st_size
                 now = time.monotonic()
-                done = sum(row["kind"] == "round" for row in _rows(output))
+                done = sum(row["kind"] == "round" for row in metrics(output))
                 stamps += [now] * (done - len(stamps))
         time.sleep(_POLL_S)
     return stamps
 
 
-def _rows(output: Path) -> list[dict[str, Any]]:
+def metrics(output: Path) -> list[dict[str, Any]]:
     """Whole rows of the metrics of the run under `output`."""
     files = list(output.glob("2*/metrics.jsonl"))
     text = files[0].read_text(encoding="utf-8") if files else ""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from models.payload import Payload
 from models.section import ConfigError
 from privacy import persample
+from privacy.ghost import Ghost
 from privacy.persample import Hooks, Inputs, Measured, Microbatch, PerSampleError, Sums, attached
 from privacy.selfcheck import METHODS, check, choose
 from tests.privacy.conftest import Payloads
@@ -217,6 +218,20 @@ def test_a_base_model_in_few_bits_takes_every_record_alone(payload_of: Payloads)
         if not any(parameter is one for one in trained):
             parameter.data = parameter.data.bfloat16()
     assert choose(payload, "auto", "causal-lm", "float32") == "microbatch"
+
+
+def test_layers_that_opacus_copies_do_not_bring_the_whole_model_with_them(
+    payload_of: Payloads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hook on a copied layer would be copied too, and all that it holds."""
+
+    def copied(self: Ghost, memo: object) -> Ghost:
+        raise AssertionError("the method was copied, with the model")
+
+    monkeypatch.setattr(Ghost, "__deepcopy__", copied, raising=False)
+    payload = payload_of("full")  # its norms have no rule of their own in Opacus
+    check(payload, Ghost, "causal-lm")
+    assert not any("ft_compute_sample_grad" in vars(m) for m in payload.module.modules())
 
 
 def test_recomputed_activations_are_counted_once(payload_of: Payloads) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -121,3 +122,14 @@ def test_an_exchange_hears_at_once_of_a_site_that_cannot(bench: Bench, tmp_path:
     exchange = Heard(StrategyConfig(), LAYOUT, tmp_path / "spool")
     bench.run(federation(**sites), rounds=1, timeout=0.05, exchange=exchange)
     assert heard == [("eve", "disk is full")]
+
+
+def test_a_round_takes_as_long_as_its_questions_too(bench: Bench, tmp_path: Path) -> None:
+    class Slow(Plain):
+        def open(self, round_: int, asked: Sequence[str], sent: Decoded, ask: Ask) -> PlainIntake:
+            time.sleep(0.3)
+            return super().open(round_, asked, sent, ask)
+
+    exchange = Slow(StrategyConfig(), LAYOUT, tmp_path / "spool")
+    _, log = bench.run(federation(), rounds=1, exchange=exchange)
+    assert log.rounds[0].wall_s >= 0.3

@@ -23,6 +23,7 @@ _SETTINGS: Mapping[str, bool | int | float | str] = {
     "train.steps": 10,
     "run.baselines": False,
     "run.rounds": 8,
+    "train.score-every": 8,
     "data.partition": "iid",
     "strategy.num-byzantine": 2,
     "attack.target": 1,
