@@ -273,9 +273,15 @@ def _on_secure(step: str) -> Callable[[Message, Context], Message]:
     def on_step(
         message: Message, config: Config, node: NodeConfig, state: RecordDict
     ) -> RecordDict:
-        return secure.answer(step, _WORKER, message, config, node)
+        return _secure(step, message, config, node)
 
     return on_step
+
+
+def _secure(step: str, message: Message, config: Config, node: NodeConfig) -> RecordDict:
+    # On its own: Ray sends a function that has no name in a module by value, with the globals it
+    # uses, so that a handler made here would get a worker of its own with every message.
+    return secure.answer(step, _WORKER, message, config, node)
 
 
 for _step in secure.STEPS:

@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 from flwr.app import RecordDict
+from ray import cloudpickle
 
 from flower_app import client_app
 from flower_app.recorder import read_score
+from flower_app.worker import Worker
 from models.base import digest_of
 from models.layout import Layout
 from strategies import aggregate
@@ -233,3 +235,14 @@ def test_classes_are_trained_and_scored(nodes: Nodes, tiny_models: Mapping[str, 
     after = read_score("after", report)
     assert after.rows == after.counted > 0
     assert 0 <= after.metric("accuracy") <= 1
+
+
+def test_what_ray_sends_of_the_app_brings_no_worker_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a process would read model and rows again with every message."""
+
+    def copied(worker: Worker, protocol: int) -> Any:
+        raise AssertionError("a worker was sent")
+
+    monkeypatch.setattr(Worker, "__reduce_ex__", copied)
+    app = cloudpickle.loads(cloudpickle.dumps(client_app.app))
+    assert app._registered_funcs.keys() == client_app.app._registered_funcs.keys()
