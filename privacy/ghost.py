@@ -11,6 +11,8 @@ Shape suffixes: N rows, T tokens, O and I sides of the matrix.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -52,6 +54,25 @@ class Outer:
 Use = Outer | Tensor  # or the gradients themselves, (N, ...)
 
 
+class _Tap(torch.autograd.Function):
+    """Hands the gradient of an output to `keep` as soon as it is known, so that none is held.
+
+    All depend on one `anchor`: its gradient, which is zero, takes those of all of them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, anchor: Tensor, keep: Callable[[Tensor], None]) -> Tensor:
+        """The output as it is."""
+        ctx.keep = keep
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Any) -> tuple[Tensor, Tensor, None]:
+        """The slope as it is, and nothing for the anchor."""
+        ctx.keep(slopes[0])
+        return slopes[0], slopes[0].new_zeros(()), None
+
+
 class Ghost:
     """Ghost clipping for linear layers and embeddings, shared ones too; others by Opacus."""
 
@@ -62,7 +83,8 @@ class Ghost:
         self._forward = partial(forward, payload, precision)
         self._parameters = trained(payload)
         self._names = {id(p): name for name, p in self._parameters.items()}
-        self._calls: list[tuple[nn.Module, Tensor, Tensor]] = []
+        self._anchor = torch.zeros((), requires_grad=True, device=payload.device)
+        self._rows = 0
         self._recording = False
         self._uses: dict[str, list[Use]] = {}
         self._prepared = [
@@ -70,6 +92,8 @@ class Ghost:
             for module in payload.module.modules()
             if any(id(p) in self._names for p in module.parameters(recurse=False))
         ]
+        owned = Counter(id(p) for m in self._prepared for p in m.parameters(recurse=False))
+        self._shared = {one for one, modules in owned.items() if modules > 1}
         for module in self._prepared:
             # Opacus copies the module, and with a hook on it the whole model.
             if _left_to_opacus(module) and type(module) not in GradSampleHooks.GRAD_SAMPLERS:
@@ -81,46 +105,43 @@ class Ghost:
 
     def _record(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> None:
+    ) -> Tensor | None:
         if not self._recording:
-            return
+            return None
         if len(args) != 1 or kwargs or not isinstance(output, Tensor):
             raise PerSampleError(
                 f"Expected modules of one tensor in and one out, got a {type(module).__name__} "
                 "with parameters of its own that is none."
             )
-        self._calls.append((module, args[0].detach(), output))
+        keep = partial(self._keep, module, args[0].detach())
+        tapped: Tensor = _Tap.apply(output, self._anchor, keep)  # type: ignore[no-untyped-call]
+        return tapped
 
     def measure(self, inputs: Inputs) -> Measured:
         """Forward and backward over a batch; keeps what the weighted sum is made of."""
-        self._calls, self._recording = [], True
+        self._uses = {name: [] for name in self._parameters}
+        self._rows, self._recording = len(inputs["input_ids"]), True
         try:
             losses = self._forward(inputs)
         finally:
             self._recording = False  # checkpointed parts are computed again in the backward pass
-        calls, self._calls = self._calls, []
-        outputs = [output for _, _, output in calls]
-        slopes = torch.autograd.grad(losses.sum(), outputs, allow_unused=True)
-        self._uses = {name: [] for name in self._parameters}
-        for (module, given, _), slope in zip(calls, slopes, strict=True):
-            if slope is not None:
-                self._keep(module, given, slope, len(losses))
+        torch.autograd.grad(losses.sum(), self._anchor, allow_unused=True)
         squares_N = torch.zeros_like(losses, dtype=torch.float32)
-        for name, uses in self._uses.items():
+        for uses in self._uses.values():
             if uses:  # Others have no gradient. A module that is bypassed fails the self-check.
-                self._uses[name] = _thinned(uses)
-                squares_N += _squares(self._uses[name])
+                squares_N += _squares(uses)
         return Measured(losses.detach(), squares_N.sqrt().detach())
 
-    def _keep(self, module: nn.Module, given: Tensor, slope: Tensor, rows: int) -> None:
-        if len(given) != rows or len(slope) != rows:
+    def _keep(self, module: nn.Module, given: Tensor, slope: Tensor) -> None:
+        if len(given) != self._rows or len(slope) != self._rows:
             raise PerSampleError(
-                f"Expected every module to compute {rows} rows, got {len(slope)} at a "
+                f"Expected every module to compute {self._rows} rows, got {len(slope)} at a "
                 f"{type(module).__name__}: it is computed once for several rows."
             )
         for parameter, use in _uses_of(module, given, slope):
             if id(parameter) in self._names:
-                self._uses[self._names[id(parameter)]].append(use)
+                uses = self._uses[self._names[id(parameter)]]
+                uses.append(use if id(parameter) in self._shared else _thinned(use))
 
     def add(self, factors: Tensor, sums: Sums) -> None:
         """Add the rows' gradients times their factors, by one product for each use."""
@@ -176,13 +197,12 @@ def _tokens(values: Tensor) -> Tensor:
     return values.float().reshape(len(values), -1, values.shape[-1])
 
 
-def _thinned(uses: list[Use]) -> list[Use]:
+def _thinned(use: Use) -> Use:
     """The gradients themselves where that takes fewer operations than products of tokens."""
-    first = uses[0]
-    if len(uses) > 1 or not isinstance(first, Outer) or first.looked_up:
-        return uses
-    out, into, tokens = first.left.shape[2], first.right_NTI.shape[2], first.left.shape[1]
-    return uses if out * into > tokens * (out + into) else [first.left.mT @ first.right_NTI]
+    if not isinstance(use, Outer) or use.looked_up:
+        return use
+    out, into, tokens = use.left.shape[2], use.right_NTI.shape[2], use.left.shape[1]
+    return use if out * into > tokens * (out + into) else use.left.mT @ use.right_NTI
 
 
 def _squares(uses: list[Use]) -> Tensor:

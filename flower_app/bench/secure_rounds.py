@@ -104,7 +104,7 @@ def _text(records: Sequence[Mapping[str, Any]], rounds: int) -> str:
     first = records[0]
     return (
         f"{table(columns, rows)}\n\n"
-        f"{first['sites']} sites, {first['size']:,} parameters ({DEFAULT}), one step of one row,\n"
-        f"median of the {rounds - 1} rounds after the first, on {_WORKERS} workers of one thread. "
+        f"{first['sites']} sites, one step of one row, {first['size']:,} parameters:\n{DEFAULT}.\n"
+        f"Median of the {rounds - 1} rounds after the first, on {_WORKERS} workers of one thread. "
         f"MB: there and back,\nas runs count them (target: at most {TARGET} of plain)."
     )
