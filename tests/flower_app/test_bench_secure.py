@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 
-from flower_app.bench import encrypted, secure
+from flower_app.bench import encrypted, secure, secure_rounds
 from privacy.secure.config import SecureConfig
 from privacy.secure.exchange import Masks
 from privacy.secure.terms import Terms
@@ -74,3 +77,35 @@ def test_bytes_in_ciphertexts_are_those_of_the_wire(bits: int, numbers: int) -> 
     assert record["overhead"] == record["bytes_secure"] / (8 * size)
     assert all(record[f"{work}_s"] > 0 for work in ("encode", "encrypt", "server", "open"))
     assert f"{record['overhead']:.3f}" in encrypted.text([{"bits": bits, **record}])
+
+
+def rounds_of(monkeypatch: pytest.MonkeyPatch, ok: int) -> None:
+    """Let a run of four sites have had these metrics, without running it."""
+    seconds = (9.0, 2.0, 4.0)
+    rows = [{"kind": "site"}] + [
+        {"kind": "round", "ok": ok, "wall_s": wall_s, "bytes_down": 4000, "bytes_up": 8000}
+        for wall_s in seconds
+    ]
+    monkeypatch.setattr(secure_rounds, "metrics", lambda output: rows)
+    monkeypatch.setattr(secure_rounds, "process", lambda *_: nullcontext(Mock()))
+
+
+def test_rounds_are_compared_after_the_first(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    rounds_of(monkeypatch, ok=4)
+    config = secure_rounds._config(tmp_path, tmp_path / "run", 3)
+    found = secure_rounds._later(tmp_path, config, 4)
+    assert found == {"seconds": 3.0, "bytes": 3000.0}
+    record = {"way": "plain", "sites": 4, "size": 5, "bytes_ratio": 1.0, "seconds_ratio": 1.0}
+    assert "3.0" in secure_rounds._text([{**record, **found}], 3)
+
+
+def test_a_round_without_a_site_is_no_measurement(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    rounds_of(monkeypatch, ok=3)
+    (tmp_path / "run.log").write_text("site-03 takes no part")
+    config = secure_rounds._config(tmp_path, tmp_path / "run", 3)
+    with pytest.raises(RuntimeError, match="3 rounds of all sites, got:\nsite-03 takes no part"):
+        secure_rounds._later(tmp_path, config, 4)
