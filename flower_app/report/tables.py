@@ -68,28 +68,32 @@ def left_out(rows: Sequence[tuple[int, str, str, str]]) -> str:
 
 
 def sites(run: Run) -> str:
-    """Training rows, replies that counted, and loss before, alone, federated, personal of each."""
+    """Training rows, replies that counted, scores before, alone, federated, personal of each."""
     first = run.per_site(run.evaluations[0] if run.evaluations else None)
     last = run.per_site(run.evaluations[-1] if run.evaluations else None)
     personal = run.per_site(run.personal[-1] if run.personal else None)
+    keys = ["loss"] + ["accuracy"] * (run.metric == "accuracy")  # perplexity is the loss again
     body = []
     for site in run.sites:
         replies = [row for row in run.replies if str(row["site"]) == site]
         good = [row for row in replies if row.get("status", "ok") == "ok"]
-        body.append(
-            [
-                safe(site, 120),
-                count(number(good[-1], "examples")) if good else MISSING,
-                f"{len(good)} of {len(replies)}",
-                score(number(first.get(site), "loss")),
-                score(number(run.local.get(site), "own_loss")),
-                score(number(last.get(site), "loss")),
-                *[score(number(personal.get(site), "loss"))] * bool(personal),
+        cells = [
+            safe(site, 120),
+            count(number(good[-1], "examples")) if good else MISSING,
+            f"{len(good)} of {len(replies)}",
+        ]
+        for key in keys:
+            cells += [
+                score(number(first.get(site), key)),
+                score(number(run.local.get(site), f"own_{key}")),
+                score(number(last.get(site), key)),
+                *[score(number(personal.get(site), key))] * bool(personal),
             ]
-        )
-    heads = ["site", "training rows", "replies", "loss at start", "alone", "federated"]
-    heads += ["personal"] * bool(personal)
-    caption = "Loss is on the site's own held-out rows; replies are those that counted."
+        body.append(cells)
+    heads = ["site", "training rows", "replies"]
+    for key in keys:
+        heads += [f"{key} at start", "alone", "federated", *["personal"] * bool(personal)]
+    caption = "On the site's own held-out rows; replies are those that counted."
     return _table("sites-table", caption, heads, body)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import matplotlib
 import pytest
 
-from flower_app.report import ReportError, page, read_run, words, write_report
+from flower_app.report import ReportError, page, read_run, tables, words, write_report
 from flower_app.report.figures import MOST_SITES, drawn_sites
 from flower_app.report.numbers import score
 from flower_app.report.svg import MARKER
@@ -303,3 +303,17 @@ def test_the_verdict_is_what_was_measured(tmp_path: Path) -> None:
     assert "It matches training on all data pooled" in said
     assert "gap" not in _verdict(tmp_path, federated=2.5, local=3, central=3.5)
     assert _verdict(tmp_path, zero_shot=3) == ""
+
+
+@pytest.mark.parametrize(("metric", "columns"), [("accuracy", 6), ("perplexity", 3)])
+def test_every_site_has_its_accuracy_beside_its_loss(
+    tmp_path: Path, metric: str, columns: int
+) -> None:
+    run = read_run(runs.make_run(tmp_path / "run", metric=metric))
+    table = tables.sites(run)
+    assert table.count("at start</th>") == columns // 3
+    for site, found in run.per_site(run.evaluations[-1]).items():
+        cells = re.findall(r"<t[hd][^>]*>([^<]*)</t[hd]>", table[table.index(f">{site}<") - 20 :])
+        assert len(cells[3 : 3 + columns]) == columns
+        shown = [cells[5], cells[8]] if metric == "accuracy" else [cells[5]]
+        assert shown == [score(found[key]) for key in ("loss", metric)[: len(shown)]]
