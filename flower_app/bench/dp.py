@@ -167,10 +167,10 @@ def _text(results: Sequence[dict[str, Any]]) -> str:
     ]
     columns = ("model, payload, way", "tokens/s", "of plain", "MiB beside model", "of plain")
     return (
-        f"{table(columns, rows)}\n\n{MIDDLE}; {LARGE}; rows of {LENGTH[False]} tokens (MiniLM: "
-        f"{LENGTH[True]}), {BATCH} expected in a step, at most {BATCH} at once; one thread; noise "
+        f"{table(columns, rows)}\n\n{MIDDLE};\n{LARGE};\nrows of {LENGTH[False]} tokens (MiniLM: "
+        f"{LENGTH[True]}), {BATCH} expected in a step, at most {BATCH} at once; one thread;\nnoise "
         "from the system's generator. Memory is the peak of 3 steps over what the loaded model "
-        f"takes. Target: LoRA by ghost clipping at {TARGET} of plain or more."
+        f"takes.\nTarget: LoRA by ghost clipping at {TARGET} of plain or more."
     )
 
 
