@@ -21,6 +21,7 @@ import torch
 from opacus.grad_sample.functorch import ft_compute_per_sample_gradient, prepare_layer
 from opacus.grad_sample.grad_sample_module import GradSampleHooks
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from models.payload import Payload
 from privacy.persample import Inputs, Measured, PerSampleError, Sums, forward, trained
@@ -94,14 +95,17 @@ class Ghost:
         ]
         owned = Counter(id(p) for m in self._prepared for p in m.parameters(recurse=False))
         self._shared = {one for one, modules in owned.items() if modules > 1}
+        self._handles: list[RemovableHandle] = []
+        try:
+            for module in self._prepared:
+                # Opacus copies the module, and with a hook on it the whole model.
+                if _left_to_opacus(module) and type(module) not in GradSampleHooks.GRAD_SAMPLERS:
+                    prepare_layer(module)
+        except NotImplementedError as error:
+            self.detach()
+            raise PerSampleError(f"Opacus cannot copy a layer of this model: {error}") from error
         for module in self._prepared:
-            # Opacus copies the module, and with a hook on it the whole model.
-            if _left_to_opacus(module) and type(module) not in GradSampleHooks.GRAD_SAMPLERS:
-                prepare_layer(module)
-        self._handles = [
-            module.register_forward_hook(self._record, with_kwargs=True)
-            for module in self._prepared
-        ]
+            self._handles.append(module.register_forward_hook(self._record, with_kwargs=True))
 
     def _record(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any

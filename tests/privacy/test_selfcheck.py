@@ -234,6 +234,18 @@ def test_layers_that_opacus_copies_do_not_bring_the_whole_model_with_them(
     assert not any("ft_compute_sample_grad" in vars(m) for m in payload.module.modules())
 
 
+def test_a_layer_that_opacus_cannot_copy_is_refused_and_nothing_is_left(
+    payload_of: Payloads,
+) -> None:
+    payload = payload_of("full")
+    norms = [m for name, m in payload.module.named_modules() if name.endswith("norm")]
+    norms[-1].register_buffer("steps", torch.zeros(1))
+    with pytest.raises(PerSampleError, match=r"Opacus cannot copy a layer.*buffers"):
+        check(payload, Ghost, "causal-lm")
+    assert not any("ft_compute_sample_grad" in vars(m) for m in payload.module.modules())
+    assert not any(m._forward_hooks for m in payload.module.modules())
+
+
 def test_recomputed_activations_are_counted_once(payload_of: Payloads) -> None:
     payload = payload_of("lora")
     payload.module.get_base_model().gradient_checkpointing_enable()
